@@ -1,0 +1,77 @@
+"""Which implementation of an op serves a call: the one resolution that every op shares.
+
+An op's package holds an ordered table ``{name: module}``. Each module exports the op itself, ``why_not(*args)``, which
+returns the reason it cannot serve a call or None, and ``default_config(*args)``. Both see abstract values only, so the
+choice is made while tracing and costs nothing afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.arrays import EQ8_0, Q4K, Q6K, QuantizedArray, Weight
+
+
+def choose(
+    op: str, table: Mapping[str, ModuleType], implementation: str | None, *args: Any
+) -> ModuleType:
+    """Returns the module of ``table`` that serves ``op(*args)``.
+
+    Args:
+        op: the op's name, for errors.
+        table: implementations in order of preference.
+        implementation: a name of the table; None takes the first module without an objection.
+        *args: the op's array arguments, concrete or abstract.
+
+    Raises:
+        ValueError: the name is unknown, or the named module (or every module) objects; the reason is given.
+    """
+    if implementation is not None:
+        if implementation not in table:
+            raise ValueError(
+                f"{op}: implementation = {implementation!r}: expected None or one of {', '.join(table)}"
+            )
+        reason = table[implementation].why_not(*args)
+        if reason is not None:
+            raise ValueError(f"{op}: implementation {implementation!r} cannot serve this: {reason}")
+        return table[implementation]
+    reasons = []
+    for name, module in table.items():
+        reason = module.why_not(*args)
+        if reason is None:
+            return module
+        reasons.append(f"{name}: {reason}")
+    raise ValueError(f"{op}: no implementation serves this call ({'; '.join(reasons)})")
+
+
+def is_quantized(w: Weight) -> bool:
+    """Whether ``w`` is one of the formats of ``pallas_kernels.arrays``."""
+    return isinstance(w, Q4K | EQ8_0 | Q6K)
+
+
+def check_weight(op: str, w: Weight, ndim: int) -> None:
+    """Raises ValueError unless ``w`` is a sound quantized or floating array of ``ndim`` axes."""
+    if isinstance(w, QuantizedArray):
+        w.validate()
+    elif not jnp.issubdtype(w.dtype, jnp.floating):
+        raise ValueError(
+            f"{op}: w has dtype {w.dtype}: expected floating point or a quantized array"
+        )
+    if w.ndim != ndim:
+        raise ValueError(f"{op}: w has shape {w.shape}: expected {ndim} axes")
+
+
+def check_floating(op: str, name: str, x: jax.Array) -> None:
+    """Raises ValueError unless ``x`` is floating point."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{op}: {name} has dtype {x.dtype}: expected floating point")
+
+
+def dense(w: Weight, dtype: Any) -> jax.Array:
+    """Returns the values of ``w`` as an array of ``dtype``."""
+    return w.dequantize(dtype) if isinstance(w, QuantizedArray) else w.astype(dtype)
