@@ -1,0 +1,425 @@
+"""The Gemma 4 text decoder as a Flax module: a pure function of parameters, tokens, positions and cache.
+
+`Gemma4.__call__` runs every layer over every position. Prefill, which wants the logits of the last position only, runs
+`Gemma4.encode` over the prompt (the layers with K/V of their own) and `Gemma4.decode` over its last position (the KV-shared
+layers and the head). The matmuls go to `pallas_kernels.quantized_matmul`, attention to `pallas_kernels.attention`.
+
+The residual stream, the norms and the soft-maxes are float32; `dtype` is the type of the activations that enter a matmul and
+of the KV cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gemma_jax.cache import Context, KVCache, extend, init_cache, stored_context
+from gemma_jax.config import Gemma4Config
+from gemma_jax.rope import apply_rope, rope_table
+from pallas_kernels.arrays import Weight
+from pallas_kernels.attention import attention
+from pallas_kernels.embedding_lookup import embedding_lookup
+from pallas_kernels.expert_matmul import expert_matmul
+from pallas_kernels.quantized_matmul import quantized_matmul
+
+Params = dict[str, Any]
+RopeTables = dict[bool, tuple[jax.Array, jax.Array]]
+
+
+class Gemma4(nn.Module):
+    """A Gemma 4 decoder.
+
+    Attributes:
+      config: sizes and switches.
+      dtype: type of the activations in matmuls and of the cache.
+      implementation: which implementation of the ops to use; None picks the best for the device.
+    """
+
+    config: Gemma4Config
+    dtype: Any = jnp.float32
+    implementation: str | None = None
+
+    def setup(self) -> None:
+        c = self.config
+        self.embed = Embedding(c.vocab_size, c.hidden_size, self.implementation)
+        if c.ple_size:
+            self.ple = PerLayerEmbedding(c, self.dtype, self.implementation)
+        self.layers = [Layer(c, i, self.dtype, self.implementation) for i in range(c.num_layers)]
+        self.final_norm = _param(self, "final_norm", (c.hidden_size,), nn.initializers.ones)
+
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
+        """Logits of every position, and the cache with these positions in it.
+
+        Args:
+          tokens: int32 ``[B, T]``.
+          positions: int32 ``[B, T]``: for each row ``cache.lengths[b], cache.lengths[b] + 1, …``, then -1 for padding,
+            whose logits mean nothing and which changes nothing.
+          cache: see `gemma_jax.cache`.
+
+        Returns:
+          float32 logits ``[B, T, V]`` and the new cache.
+        """
+        c = self.config
+        h, ple, rope = self._start(tokens, positions, 0, c.num_layers)
+        h, cache, contexts = self._own_layers(h, ple, rope, positions, cache)
+        for i in range(c.first_kv_shared_layer, c.num_layers):
+            h = self._shared_layer(i, h, ple[..., i, :] if ple is not None else None, rope, positions, contexts)
+        return self._head(h), cache
+
+    def encode(
+        self, tokens: jax.Array, positions: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
+        """Runs only the layers with K/V of their own: float32 hidden states ``[B, T, D]`` and the new cache."""
+        h, ple, rope = self._start(tokens, positions, 0, self.config.first_kv_shared_layer)
+        h, cache, _ = self._own_layers(h, ple, rope, positions, cache)
+        return h, cache
+
+    def decode(self, h: jax.Array, tokens: jax.Array, cache: KVCache) -> jax.Array:
+        """The KV-shared layers and the head, for the last position that each row has in the cache.
+
+        Args:
+          h: ``[B, 1, D]``, what `encode` gave for that position.
+          tokens: int32 ``[B, 1]``, the token at that position.
+          cache: the cache after `encode`.
+
+        Returns:
+          float32 logits ``[B, 1, V]``.
+        """
+        c = self.config
+        if c.num_kv_shared_layers:
+            positions = cache.lengths[:, None] - 1
+            first = c.first_kv_shared_layer
+            _, ple, rope = self._start(tokens, positions, first, c.num_layers)
+            contexts = {i: stored_context(kv, cache.lengths) for i, kv in enumerate(cache.layers)}
+            for i in range(first, c.num_layers):
+                inputs = ple[..., i - first, :] if ple is not None else None
+                h = self._shared_layer(i, h, inputs, rope, positions, contexts)
+        return self._head(h)
+
+    def _start(
+        self, tokens: jax.Array, positions: jax.Array, first: int, end: int
+    ) -> tuple[jax.Array, jax.Array | None, RopeTables]:
+        """Scaled embeddings, per-layer inputs of layers ``first .. end - 1`` and the RoPE tables."""
+        c = self.config
+        with jax.named_scope("embed"):
+            h = self.embed(tokens) * _rounded(c.hidden_size**0.5, c.dtype)
+            ple = self.ple(tokens, h, first, end) if c.ple_size else None
+            rope = {
+                False: rope_table(positions, c.head_dim, c.rope_theta),
+                True: rope_table(
+                    positions, c.global_head_dim, c.global_rope_theta, c.global_rotary_factor
+                ),
+            }
+        return h, ple, rope
+
+    def _own_layers(
+        self,
+        h: jax.Array,
+        ple: jax.Array | None,
+        rope: RopeTables,
+        positions: jax.Array,
+        cache: KVCache,
+    ) -> tuple[jax.Array, KVCache, dict[int, Context]]:
+        c = self.config
+        layers, contexts = [], {}
+        for i, kv in enumerate(cache.layers):
+            inputs = ple[..., i, :] if ple is not None else None
+            h, kv, contexts[i] = self.layers[i](
+                h, inputs, rope[c.is_global(i)], positions, (kv, cache.lengths)
+            )
+            layers.append(kv)
+        lengths = cache.lengths + jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+        return h, cache.replace(layers=tuple(layers), lengths=lengths), contexts
+
+    def _shared_layer(
+        self,
+        i: int,
+        h: jax.Array,
+        ple: jax.Array | None,
+        rope: RopeTables,
+        positions: jax.Array,
+        contexts: dict[int, Context],
+    ) -> jax.Array:
+        c = self.config
+        context = contexts[c.kv_source(i)]
+        return self.layers[i](h, ple, rope[c.is_global(i)], positions, context)[0]
+
+    def _head(self, h: jax.Array) -> jax.Array:
+        c = self.config
+        with jax.named_scope("head"):
+            h = rms_norm(h, self.final_norm, c.rms_norm_eps).astype(self.dtype)
+            logits = quantized_matmul(h, self.embed.weight, implementation=self.implementation)
+            if c.final_logit_softcap is None:
+                return logits
+            return c.final_logit_softcap * jnp.tanh(logits / c.final_logit_softcap)
+
+
+class Embedding(nn.Module):
+    """The token embedding, whose table is also the output head: ``weight [V, D]``."""
+
+    vocab_size: int
+    hidden_size: int
+    implementation: str | None
+
+    def setup(self) -> None:
+        shape = (self.vocab_size, self.hidden_size)
+        self.weight = _param(self, "weight", shape, nn.initializers.normal(0.02))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return embedding_lookup(self.weight, tokens, implementation=self.implementation)
+
+
+class PerLayerEmbedding(nn.Module):
+    """Per-layer embeddings (PLE): a second, gathered table plus a projection of the token embedding.
+
+    ``(rms_norm(h @ projection.T * D**-0.5) + embedding[token] * sqrt(P)) * 2**-0.5``, one vector of size P per layer.
+    """
+
+    config: Gemma4Config
+    dtype: Any
+    implementation: str | None
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, h: jax.Array, first: int, end: int) -> jax.Array:
+        """float32 ``[B, T, end - first, P]`` for the layers ``first .. end - 1``."""
+        c = self.config
+        size = c.num_layers * c.ple_size
+        normal = nn.initializers.normal(0.02)
+        table = _param(self, "embedding", (c.vocab_size_per_layer_input, size), normal)
+        projection = _param(self, "projection", (size, c.hidden_size), normal)
+        norm = _param(self, "norm", (c.ple_size,), nn.initializers.ones)
+        split = (*tokens.shape, -1, c.ple_size)
+        wanted = slice(first * c.ple_size, end * c.ple_size)
+        # Rows of a matrix are the leading axis of every plane, so a slice of layers stays quantized.
+        rows = projection[wanted] if (first, end) != (0, c.num_layers) else projection
+        context = quantized_matmul(h.astype(self.dtype), rows, implementation=self.implementation)
+        context = rms_norm((context * c.hidden_size**-0.5).reshape(split), norm, c.rms_norm_eps)
+        token = embedding_lookup(table, tokens, implementation=self.implementation)[..., wanted]
+        return (context + token.reshape(split) * _rounded(c.ple_size**0.5, c.dtype)) * 2**-0.5
+
+
+class Layer(nn.Module):
+    """One decoder layer: attention, FFN (with an expert branch in MoE models), per-layer input, scalar."""
+
+    config: Gemma4Config
+    index: int
+    dtype: Any
+    implementation: str | None
+
+    def setup(self) -> None:
+        c, i = self.config, self.index
+        ones = nn.initializers.ones
+        for name in ("input_norm", "post_attention_norm", "pre_ffn_norm", "post_ffn_norm"):
+            setattr(self, name, _param(self, name, (c.hidden_size,), ones))
+        self.layer_scalar = _param(self, "layer_scalar", (1,), ones)
+        self.attention = Attention(c, i, self.dtype, self.implementation)
+        self.ffn = FeedForward(c.hidden_size, c.ffn_size(i), self.dtype, self.implementation)
+        if c.num_experts:
+            self.moe = MixtureOfExperts(c, self.dtype, self.implementation)
+        if c.ple_size:
+            self.ple = PerLayerInput(c, self.dtype, self.implementation)
+
+    def __call__(
+        self,
+        h: jax.Array,
+        ple: jax.Array | None,
+        rope: tuple[jax.Array, jax.Array],
+        positions: jax.Array,
+        source: tuple[jax.Array, jax.Array] | Context,
+    ) -> tuple[jax.Array, jax.Array, Context]:
+        """`source` is ``(kv, lengths)`` for a layer with K/V of its own, another layer's `Context` otherwise."""
+        eps = self.config.rms_norm_eps
+        with jax.named_scope("attention"):
+            a, kv, context = self.attention(rms_norm(h, self.input_norm, eps), rope, positions, source)
+            h = h + rms_norm(a, self.post_attention_norm, eps)
+        with jax.named_scope("ffn"):
+            m = self.ffn(rms_norm(h, self.pre_ffn_norm, eps))
+            if self.config.num_experts:
+                m = self.moe(h, m)
+            h = h + rms_norm(m, self.post_ffn_norm, eps)
+        if ple is not None:
+            with jax.named_scope("ple"):
+                h = h + self.ple(h, ple)
+        return h * self.layer_scalar.astype(jnp.float32), kv, context
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the window or the whole context, with normed q, k, v and logit scale 1."""
+
+    config: Gemma4Config
+    index: int
+    dtype: Any
+    implementation: str | None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        positions: jax.Array,
+        source: tuple[jax.Array, jax.Array] | Context,
+    ) -> tuple[jax.Array, jax.Array, Context]:
+        c, i = self.config, self.index
+        heads, kv_heads, head_dim = c.num_heads, c.kv_heads_of(i), c.head_dim_of(i)
+        own, tied = not c.is_kv_shared(i), c.shares_k_and_v(i)
+        projected = heads + (kv_heads * (1 if tied else 2) if own else 0)
+        normal, ones = nn.initializers.normal(0.02), nn.initializers.ones
+        w_qkv = _param(self, "qkv", (projected * head_dim, c.hidden_size), normal)
+        w_o = _param(self, "o", (c.hidden_size, heads * head_dim), normal)
+        q_norm = _param(self, "q_norm", (head_dim,), ones)
+        k_norm = _param(self, "k_norm", (head_dim,), ones) if own else None
+
+        qkv = quantized_matmul(x.astype(self.dtype), w_qkv, implementation=self.implementation)
+        qkv = qkv.reshape(*x.shape[:-1], projected, head_dim)
+        q = apply_rope(rms_norm(qkv[..., :heads, :], q_norm, c.rms_norm_eps), rope)
+        if own:
+            kv, lengths = source
+            k = qkv[..., heads : heads + kv_heads, :]
+            v = k if tied else qkv[..., heads + kv_heads :, :]  # K = V: before k's own norm and RoPE
+            k = apply_rope(rms_norm(k, k_norm, c.rms_norm_eps), rope)
+            new = jnp.concatenate([k, rms_norm(v, None, c.rms_norm_eps)], axis=-2)
+            kv, context = extend(kv, new, positions, lengths, is_ring=not c.is_global(i))
+        else:
+            context = source
+            kv = context.kv
+        window = None if c.is_global(i) else c.sliding_window
+        out = attention(
+            q.astype(self.dtype),
+            context.kv,
+            positions,
+            context.positions,
+            window=window,
+            implementation=self.implementation,
+        )
+        out = out.reshape(*x.shape[:-1], heads * head_dim)
+        return quantized_matmul(out, w_o, implementation=self.implementation), kv, context
+
+
+class FeedForward(nn.Module):
+    """``down(gelu(gate(x)) * up(x))`` with gate and up stacked in one matrix ``[2F, D]``."""
+
+    hidden_size: int
+    width: int
+    dtype: Any
+    implementation: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        normal = nn.initializers.normal(0.02)
+        gate_up = _param(self, "gate_up", (2 * self.width, self.hidden_size), normal)
+        down = _param(self, "down", (self.hidden_size, self.width), normal)
+        y = quantized_matmul(x.astype(self.dtype), gate_up, implementation=self.implementation)
+        y = gated_gelu(y).astype(self.dtype)
+        return quantized_matmul(y, down, implementation=self.implementation)
+
+
+class MixtureOfExperts(nn.Module):
+    """The expert branch beside the dense FFN, and the sum of the two.
+
+    ``rms_norm(dense) + rms_norm(sum_e weight_e * expert_e(rms_norm(h)))`` over the top-k experts of the router, which reads
+    the residual itself: ``softmax(rms_norm(h) * scale * D**-0.5 @ router.T)``, the top-k renormalised to sum 1, times the
+    per-expert scale.
+    """
+
+    config: Gemma4Config
+    dtype: Any
+    implementation: str | None
+
+    @nn.compact
+    def __call__(self, h: jax.Array, dense: jax.Array) -> jax.Array:
+        c = self.config
+        hidden, experts, width = c.hidden_size, c.num_experts, c.moe_intermediate_size
+        normal, ones = nn.initializers.normal(0.02), nn.initializers.ones
+        router = _param(self, "router", (experts, hidden), normal)
+        router_scale = _param(self, "router_scale", (hidden,), ones)
+        per_expert_scale = _param(self, "per_expert_scale", (experts,), ones)
+        gate_up = _param(self, "gate_up", (experts, 2 * width, hidden), normal)
+        down = _param(self, "down", (experts, hidden, width), normal)
+        pre_norm = _param(self, "pre_norm", (hidden,), ones)
+        dense_post_norm = _param(self, "dense_post_norm", (hidden,), ones)
+        post_norm = _param(self, "post_norm", (hidden,), ones)
+
+        with jax.named_scope("router"):
+            # float32 throughout: a router that rounds picks other experts.
+            r = rms_norm(h, None, c.rms_norm_eps) * router_scale.astype(jnp.float32) * hidden**-0.5
+            scores = quantized_matmul(r, router, implementation=self.implementation)
+            probabilities = jax.nn.softmax(scores, axis=-1)
+            weights, chosen = jax.lax.top_k(probabilities, c.num_experts_per_token)
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+            weights = weights * per_expert_scale.astype(jnp.float32)[chosen]
+        with jax.named_scope("experts"):
+            x = rms_norm(h, pre_norm, c.rms_norm_eps).astype(self.dtype).reshape(-1, hidden)
+            rows = jnp.repeat(x, c.num_experts_per_token, axis=0)
+            ids = chosen.reshape(-1)
+            y = expert_matmul(rows, gate_up, ids, implementation=self.implementation)
+            y = gated_gelu(y).astype(self.dtype)
+            y = expert_matmul(y, down, ids, implementation=self.implementation)
+            y = jnp.sum(y.reshape(*weights.shape, hidden) * weights[..., None], axis=-2)
+        dense = rms_norm(dense, dense_post_norm, c.rms_norm_eps)
+        return dense + rms_norm(y, post_norm, c.rms_norm_eps)
+
+
+class PerLayerInput(nn.Module):
+    """``rms_norm(projection(gelu(gate(h)) * ple))``: the layer's own embedding of the token, gated into the residual."""
+
+    config: Gemma4Config
+    dtype: Any
+    implementation: str | None
+
+    @nn.compact
+    def __call__(self, h: jax.Array, ple: jax.Array) -> jax.Array:
+        c = self.config
+        normal = nn.initializers.normal(0.02)
+        gate = _param(self, "gate", (c.ple_size, c.hidden_size), normal)
+        projection = _param(self, "projection", (c.hidden_size, c.ple_size), normal)
+        post_norm = _param(self, "post_norm", (c.hidden_size,), nn.initializers.ones)
+        g = quantized_matmul(h.astype(self.dtype), gate, implementation=self.implementation)
+        g = (nn.gelu(g, approximate=True) * ple).astype(self.dtype)
+        y = quantized_matmul(g, projection, implementation=self.implementation)
+        return rms_norm(y, post_norm, c.rms_norm_eps)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
+    """``x / sqrt(mean(x**2) + eps) * weight`` over the last axis, in float32 (Zhang and Sennrich, arXiv:1910.07467)."""
+    x = x.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return x if weight is None else x * weight.astype(jnp.float32)
+
+
+def gated_gelu(gate_up: jax.Array) -> jax.Array:
+    """``gelu(gate) * up`` of a last axis that holds gate then up; the tanh form of GELU."""
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return nn.gelu(gate, approximate=True) * up
+
+
+def param_shapes(config: Gemma4Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path ("layers_0/attention/qkv") to shape of every parameter that a model of `config` has."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+
+    def init(tokens: jax.Array) -> Params:
+        cache = init_cache(config, 1, 1, jnp.float32)
+        return Gemma4(config).init(jax.random.key(0), tokens, tokens, cache)["params"]
+
+    leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(init, tokens))
+    return {"/".join(key.key for key in path): leaf for path, leaf in leaves}
+
+
+def _param(module: nn.Module, name: str, shape: tuple[int, ...], init: Any) -> Weight:
+    """A parameter of `module`, which may have been given as a quantized array of that logical shape."""
+    if not module.has_variable("params", name):
+        return module.param(name, init, shape, jnp.float32)
+    value = module.get_variable("params", name)
+    if tuple(value.shape) != shape:
+        path = "/".join((*module.path, name))
+        raise ValueError(f"parameter {path} has shape {tuple(value.shape)}; the config says {shape}")
+    return value
+
+
+def _rounded(multiplier: float, dtype: str) -> jax.Array:
+    """The embedding multiplier as the published code applies it: rounded to the type of the table."""
+    return jnp.asarray(multiplier, dtype).astype(jnp.float32)

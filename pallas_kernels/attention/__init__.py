@@ -1,0 +1,64 @@
+"""``attention``: grouped-query attention of queries over keys and values whose positions are given."""
+
+from __future__ import annotations
+
+import jax
+
+from pallas_kernels import dispatch
+from pallas_kernels.attention import reference, xla
+
+IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+
+
+def attention(
+    q: jax.Array,
+    kv: jax.Array,
+    q_positions: jax.Array,
+    kv_positions: jax.Array,
+    *,
+    window: int | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Computes ``out[t] = sum_s softmax_s(q[t] . k[s]) v[s]`` over the slots s that query t sees.
+
+    A query at position p sees the slots whose position lies in ``[0, p]`` and, with a window, in ``(p - window, p]``: at most
+    `window` keys, itself among them. Query head h reads KV head ``h // (H / K)``. The logit scale is 1.
+
+    Args:
+        q: ``[B, T, H, C]``.
+        kv: ``[B, S, 2K, C]``, K key heads, then K value heads.
+        q_positions: int32 ``[B, T]``; a negative one is padding and its output is zero.
+        kv_positions: int32 ``[B, S]``, in any order; a negative one is an empty slot.
+        window: how many positions a query looks back, or None for all.
+        implementation: a name in ``IMPLEMENTATIONS``; None takes the first that can serve the call.
+
+    Returns:
+        ``[B, T, H, C]`` of q's type; soft-max and sums in float32.
+
+    Raises:
+        ValueError: shapes that do not fit together, or the named implementation cannot serve the call.
+    """
+    dispatch.check_floating("attention", "q", q)
+    dispatch.check_floating("attention", "kv", kv)
+    fits = (
+        q.ndim == kv.ndim == 4
+        and q.shape[0] == kv.shape[0]
+        and q.shape[3] == kv.shape[3]
+        and kv.shape[2] % 2 == 0
+        and q.shape[2] % (kv.shape[2] // 2) == 0
+    )
+    if not fits:
+        raise ValueError(
+            f"attention: q {q.shape} and kv {kv.shape} do not fit: expected [B, T, H, C] and [B, S, 2K, C] "
+            "with H a multiple of K"
+        )
+    for name, positions, array in (("q", q_positions, q), ("kv", kv_positions, kv)):
+        if positions.shape != array.shape[:2]:
+            raise ValueError(
+                f"attention: {name}_positions {positions.shape} differs from {name}'s first axes {array.shape[:2]}"
+            )
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window is {window}; expected None or at least 1")
+    args = (q, kv, q_positions, kv_positions)
+    module = dispatch.choose("attention", IMPLEMENTATIONS, implementation, *args)
+    return module.attention(*args, window=window)

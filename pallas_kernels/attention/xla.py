@@ -1,0 +1,146 @@
+"""Attention in plain XLA: one pass for a few queries, an online softmax over blocks of keys for many.
+
+The blocked form never holds more than ``[B, H, block_q, block_k]`` scores, so its memory is O(T), and visits only blocks that
+some query of the block can see: the work of a sliding layer grows with T * window, that of a global layer with the filled
+part of the cache and not with its capacity.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.attention.reference import visible
+
+_NO_SCORE = -1e30  # finite, so that a query which sees nothing gives 0 / 1 and not NaN
+_DIRECT_QUERIES = 8
+_DIRECT_SLOTS = 4096
+_BLOCK_Q = 256
+_BLOCK_K = 512
+
+
+def attention(
+    q: jax.Array,
+    kv: jax.Array,
+    q_positions: jax.Array,
+    kv_positions: jax.Array,
+    *,
+    window: int | None,
+) -> jax.Array:
+    """See `pallas_kernels.attention.attention`."""
+    if q.shape[1] <= _DIRECT_QUERIES and kv.shape[1] <= _DIRECT_SLOTS:
+        seen = visible(q_positions, kv_positions, window)
+        state = _accumulate(_empty(q), _grouped(q, kv), kv, seen)
+        return _finish(state, q)
+    return _blocked(q, kv, q_positions, kv_positions, window)
+
+
+def why_not(
+    q: jax.Array, kv: jax.Array, q_positions: jax.Array, kv_positions: jax.Array
+) -> str | None:
+    """XLA serves every call."""
+    return None
+
+
+def _grouped(q: jax.Array, kv: jax.Array) -> jax.Array:
+    """Query heads by the KV head they read: ``[B, T, K, G, C]`` in the type the product runs in."""
+    batch, queries, heads, head_dim = q.shape
+    kv_heads = kv.shape[2] // 2
+    return q.astype(kv.dtype).reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
+
+
+def _empty(q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Online-softmax state before any key: running maximum and sum ``[B, T, H]``, weighted values ``[B, T, H, C]``."""
+    return (
+        jnp.full(q.shape[:3], _NO_SCORE, jnp.float32),
+        jnp.zeros(q.shape[:3], jnp.float32),
+        jnp.zeros(q.shape, jnp.float32),
+    )
+
+
+def _accumulate(
+    state: tuple[jax.Array, jax.Array, jax.Array], q: jax.Array, kv: jax.Array, seen: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Takes one block of keys into the online softmax (Milakov and Gimelshein, arXiv:1805.02867)."""
+    highest, total, values = state
+    k, v = jnp.split(kv, 2, axis=2)
+    precision = lax.Precision.HIGHEST if kv.dtype == jnp.float32 else None
+    scores = jnp.einsum(
+        "BTKGC,BSKC->BTKGS", q, k, preferred_element_type=jnp.float32, precision=precision
+    )
+    mask = seen[:, :, None, None, :]
+    scores = jnp.where(mask, scores, _NO_SCORE)
+    shape = highest.shape
+    new_highest = jnp.maximum(highest, jnp.max(scores, axis=-1).reshape(shape))
+    weights = jnp.where(
+        mask, jnp.exp(scores - new_highest.reshape(scores.shape[:-1])[..., None]), 0.0
+    )
+    rescale = jnp.exp(highest - new_highest)
+    block = jnp.einsum(
+        "BTKGS,BSKC->BTKGC",
+        weights.astype(kv.dtype),
+        v,
+        preferred_element_type=jnp.float32,
+        precision=precision,
+    )
+    total = total * rescale + jnp.sum(weights, axis=-1).reshape(shape)
+    return new_highest, total, values * rescale[..., None] + block.reshape(values.shape)
+
+
+def _finish(state: tuple[jax.Array, jax.Array, jax.Array], q: jax.Array) -> jax.Array:
+    _, total, values = state
+    return (values / jnp.where(total == 0.0, 1.0, total)[..., None]).astype(q.dtype)
+
+
+def _blocked(
+    q: jax.Array, kv: jax.Array, q_positions: jax.Array, kv_positions: jax.Array, window: int | None
+) -> jax.Array:
+    batch, queries = q.shape[:2]
+    block_q, block_k = min(_BLOCK_Q, queries), min(_BLOCK_K, kv.shape[1])
+    q, q_positions = _pad(q, block_q, 0), _pad(q_positions, block_q, -1)
+    kv, kv_positions = _pad(kv, block_k, 0), _pad(kv_positions, block_k, -1)
+    key_blocks = kv_positions.reshape(batch, -1, block_k)
+    newest = jnp.max(key_blocks, axis=(0, 2))
+    oldest = jnp.min(jnp.where(key_blocks < 0, jnp.iinfo(jnp.int32).max, key_blocks), axis=(0, 2))
+
+    def one_query_block(start: jax.Array) -> jax.Array:
+        q_block = lax.dynamic_slice_in_dim(q, start, block_q, axis=1)
+        positions = lax.dynamic_slice_in_dim(q_positions, start, block_q, axis=1)
+        grouped = _grouped(q_block, kv)
+        first, end = _needed(positions, oldest, newest, window)
+
+        def one_key_block(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
+            kv_block = lax.dynamic_slice_in_dim(kv, i * block_k, block_k, axis=1)
+            slots = lax.dynamic_slice_in_dim(kv_positions, i * block_k, block_k, axis=1)
+            return _accumulate(state, grouped, kv_block, visible(positions, slots, window))
+
+        return _finish(lax.fori_loop(first, end, one_key_block, _empty(q_block)), q_block)
+
+    starts = jnp.arange(0, q.shape[1], block_q, dtype=jnp.int32)
+    blocks = lax.map(one_query_block, starts)  # [blocks, B, block_q, H, C]
+    return jnp.moveaxis(blocks, 0, 1).reshape(q.shape)[:, :queries]
+
+
+def _needed(
+    positions: jax.Array, oldest: jax.Array, newest: jax.Array, window: int | None
+) -> tuple[jax.Array, jax.Array]:
+    """First and one-past-last key block that some query at `positions` may see."""
+    highest = jnp.max(positions)
+    lowest = jnp.min(jnp.where(positions < 0, jnp.iinfo(jnp.int32).max, positions))
+    needed = (newest >= 0) & (oldest <= highest)
+    if window is not None:
+        needed &= newest > lowest - window
+    blocks = needed.shape[0]
+    end = jnp.max(jnp.where(needed, jnp.arange(1, blocks + 1), 0))
+    return jnp.minimum(jnp.argmax(needed), end), end
+
+
+def _pad(x: jax.Array, block: int, value: int) -> jax.Array:
+    """Pads axis 1 to a multiple of `block`."""
+    missing = -x.shape[1] % block
+    if not missing:
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[1] = (0, missing)
+    return jnp.pad(x, widths, constant_values=value)
