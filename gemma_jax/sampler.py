@@ -1,0 +1,187 @@
+"""From logits to the next token, on the device, without sorting the vocabulary.
+
+`process_logits` applies penalties, bias, temperature and filters in that order; `sample` draws
+from what is left; `log_probabilities` reports on the untouched distribution. A full sort of
+262144 entries would cost more than the rest of a decode step, and XLA turns a top_k of that width
+into one: the filters look for the exact threshold by bisection instead.
+
+The settings are arrays (`SamplingParams`), so only the shape [B, V] is compiled in.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gemma_jax.sampling import SamplingParams, TokenCounts
+
+# Written out: the bits must not follow the caller's jax_default_prng_impl, and with "rbg" a row's
+# bits under vmap would depend on its place in the batch.
+_PRNG = "threefry2x32"
+
+
+def process_logits(logits: jax.Array, params: SamplingParams, counts: TokenCounts) -> jax.Array:
+    """Logits of the distribution to draw from, relative to the largest; -inf for removed tokens.
+
+    In this order, for each row (the conventions of Hugging Face `transformers`; presence and
+    frequency as in the OpenAI API):
+
+      x = l / r if l > 0 else l * r                 where the token is in the prompt or the output
+      x = x - presence * [count > 0] - frequency * count        count: occurrences in the output
+      x = x + bias
+      x = (x - max x) / temperature                                  (not divided in greedy rows)
+      x = -inf unless x >= the k-th largest                                               (top_k)
+      x = -inf unless softmax mass of strictly larger x < p, over the survivors           (top_p)
+      x = -inf unless exp(x) >= min_p                                                     (min_p)
+
+    Tokens that tie with the last one kept are kept too. Greedy rows (temperature 0) skip the
+    filters, which cannot remove their arg-max; if no row asks for a filter, it does not run.
+    Subtracting the maximum changes no probability and keeps any positive temperature finite.
+
+    Args:
+      logits: float [B, V].
+      params: settings of the B rows.
+      counts: tokens of the B rows so far.
+
+    Returns:
+      float32 [B, V], 0 at the most likely token.
+    """
+    with jax.named_scope("process_logits"):
+        x = _penalize(logits.astype(jnp.float32), params, counts)
+        random = params.temperature > 0
+        smallest = jnp.finfo(jnp.float32).tiny  # below it, the device may divide by zero
+        temperature = jnp.where(random, jnp.maximum(params.temperature, smallest), 1.0)
+        x = (x - x.max(axis=-1, keepdims=True)) / temperature[:, None]
+
+        top_k = jnp.where(random, params.top_k, 0)
+        x = lax.cond(jnp.any(top_k > 0), _keep_top_k, lambda x, _: x, x, top_k)
+        top_p = jnp.where(random, params.top_p, 1.0)
+        x = lax.cond(jnp.any(top_p < 1), _keep_top_p, lambda x, _: x, x, top_p)
+        min_p = jnp.where(random, params.min_p, 0.0)
+        return jnp.where(x >= jnp.log(min_p)[:, None], x, -jnp.inf)
+
+
+def sample(
+    logits: jax.Array, params: SamplingParams, counts: TokenCounts, step: jax.Array
+) -> jax.Array:
+    """The next token of each row.
+
+    token = argmax x in greedy rows, otherwise argmax (x + g) with x = process_logits(...) and g
+    independent standard Gumbel noise: a draw from softmax(x) (Maddison et al.,
+    https://arxiv.org/abs/1411.0030). The noise comes from the key fold_in(key(seed), step) of the
+    row alone, so neither its neighbours nor its place in the batch matter.
+
+    Args:
+      logits: float [B, V].
+      params: settings of the B rows.
+      counts: tokens of the B rows so far.
+      step: int32 [B], how many tokens each row has generated before this one.
+
+    Returns:
+      int32 [B].
+    """
+
+    def draw(x: jax.Array) -> jax.Array:
+        noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(params.seed, step, x.shape[-1])
+        noise = jnp.where(params.temperature[:, None] > 0, noise, 0.0)
+        return jnp.argmax(x + noise, axis=-1).astype(jnp.int32)
+
+    def most_likely(x: jax.Array) -> jax.Array:
+        return jnp.argmax(x, axis=-1).astype(jnp.int32)
+
+    x = process_logits(logits, params, counts)
+    with jax.named_scope("sample"):
+        return lax.cond(jnp.any(params.temperature > 0), draw, most_likely, x)
+
+
+def log_probabilities(
+    logits: jax.Array, tokens: jax.Array, top_n: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probabilities of the distribution before penalties, temperature and filters.
+
+    log p[b, v] = logits[b, v] - log sum_u exp(logits[b, u]), in float32.
+
+    Args:
+      logits: float [B, V].
+      tokens: int [B], the chosen tokens.
+      top_n: how many of the most likely tokens to report, 0 .. V; static. Each costs one pass
+        over the vocabulary.
+
+    Returns:
+      float32 [B] of the chosen tokens; int32 [B, top_n] the most likely tokens, best first, lower
+      id first among equals; float32 [B, top_n] theirs.
+
+    Raises:
+      ValueError: top_n is out of range.
+    """
+    vocab_size = logits.shape[-1]
+    if not 0 <= top_n <= vocab_size:
+        raise ValueError(f"top_n: got {top_n}, accepted are integers from 0 to {vocab_size}")
+    with jax.named_scope("log_probabilities"):
+        values = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        rows = jnp.arange(values.shape[0])
+        chosen = values[rows, tokens]
+
+        def take_best(left: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            best = jnp.argmax(left, axis=-1).astype(jnp.int32)
+            return left.at[rows, best].set(-jnp.inf), (best, values[rows, best])
+
+        _, (top_ids, top_values) = lax.scan(take_best, values, length=top_n)
+        return chosen, top_ids.T, top_values.T
+
+
+def _penalize(x: jax.Array, params: SamplingParams, counts: TokenCounts) -> jax.Array:
+    repeated = counts.prompt | (counts.output > 0)
+    penalty = params.repetition_penalty[:, None]
+    x = jnp.where(repeated, jnp.where(x > 0, x / penalty, x * penalty), x)
+    x -= params.presence_penalty[:, None] * (counts.output > 0)
+    x -= params.frequency_penalty[:, None] * counts.output
+    rows = jnp.arange(x.shape[0])[:, None]
+    return x.at[rows, params.bias_ids].add(params.bias_values, mode="drop", unique_indices=True)
+
+
+def _gumbel(seed: jax.Array, step: jax.Array, size: int) -> jax.Array:
+    key = jax.random.fold_in(jax.random.key(seed, impl=_PRNG), step)
+    # "high" resolves the upper tail beyond 2**-24: a large share of a 262144-token vocabulary has
+    # probabilities down there, and the plain form would never draw it at its true rate.
+    return jax.random.gumbel(key, (size,), jnp.float32, mode="high")
+
+
+def _keep_top_k(x: jax.Array, top_k: jax.Array) -> jax.Array:
+    image = _ordered_bits(x)
+    ones = jnp.ones(x.shape, jnp.int32)
+    threshold = _threshold(image, ones, jnp.minimum(top_k, x.shape[-1]))
+    keep = (image >= threshold[:, None]) | (top_k == 0)[:, None]
+    return jnp.where(keep, x, -jnp.inf)
+
+
+def _keep_top_p(x: jax.Array, top_p: jax.Array) -> jax.Array:
+    image = _ordered_bits(x)
+    mass = jnp.exp(x)  # x is relative to its maximum, so this neither overflows nor vanishes
+    threshold = _threshold(image, mass, top_p * mass.sum(axis=-1))
+    # top_p = 0 is reached by the empty set, which lies above the maximum: one token must stay.
+    threshold = jnp.minimum(threshold, image.max(axis=-1))
+    keep = (image >= threshold[:, None]) | (top_p == 1)[:, None]
+    return jnp.where(keep, x, -jnp.inf)
+
+
+def _ordered_bits(x: jax.Array) -> jax.Array:
+    """uint32 image of float32 with the same order: a < b as floats iff as images (no NaN)."""
+    x = jnp.where(x == 0, 0.0, x)  # -0 and +0 are equal and must stay so
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    return jnp.where(bits >= sign, ~bits, bits | sign)
+
+
+def _threshold(image: jax.Array, weight: jax.Array, target: jax.Array) -> jax.Array:
+    """Largest t with sum(weight where image >= t) >= target, row by row; 0 if there is none.
+
+    The sum falls as t rises (in floating point too: the order of the additions is fixed and each
+    is monotone), so t is found bit by bit from the top. 32 passes over uint32 [B, V], unrolled: a
+    device loop would add its own bookkeeping to each pass, on a GPU as launches.
+    """
+    threshold = jnp.zeros(target.shape, jnp.uint32)
+    for bit in reversed(range(32)):
+        candidate = threshold | jnp.uint32(1 << bit)
+        above = jnp.where(image >= candidate[:, None], weight, jnp.zeros_like(weight))
+        threshold = jnp.where(above.sum(axis=-1) >= target, candidate, threshold)
+    return threshold
