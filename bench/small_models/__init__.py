@@ -1,0 +1,1 @@
+"""Make the two small Gemma-4-shaped checkpoints that this repository carries."""
