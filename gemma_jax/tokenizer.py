@@ -99,8 +99,14 @@ class Tokenizer:
         """Returns the ids of `text`, BOS first unless told otherwise.
 
         Special tokens written out in the text (`<turn|>`) become those tokens.
+
+        Raises:
+            ValueError: for something that is no text, such as a string with lone surrogates.
         """
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError as error:
+            raise ValueError(f"text: {text!r} given, a string of Unicode accepted") from error
         return [self.bos_id, *ids] if add_bos else ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:

@@ -99,6 +99,12 @@ def test_ids_outside_the_vocabulary_are_no_text(tokenizer):
     assert tokenizer.decode([ids[0], tokenizer.vocab_size + 7, ids[1]]) == "ab"
 
 
+@pytest.mark.parametrize("text", ["lone \udcff surrogate", 3, None])
+def test_what_is_no_text_is_refused(tokenizer, text):
+    with pytest.raises(ValueError, match=r"text: .* given, a string of Unicode accepted"):
+        tokenizer.encode(text)
+
+
 # Streaming: whole characters only
 
 
@@ -206,7 +212,7 @@ def test_nothing_is_emitted_after_a_stop_string():
 
 @pytest.mark.parametrize("stops", [[""], "abc", [3]])
 def test_a_malformed_stop_string_is_refused(stops):
-    with pytest.raises(ValueError, match="stop: .* given, a sequence of non-empty strings"):
+    with pytest.raises(ValueError, match=r"stop: .* given, a sequence of non-empty strings"):
         StopStrings(stops)
 
 
@@ -300,8 +306,8 @@ def test_template_cannot_leave_the_sandbox(raw):
 def test_template_errors_are_told(raw, tokenizer):
     with pytest.raises(ValueError, match="unknown role critic"):
         tokenizer.apply_chat_template([{"role": "critic", "content": "hi"}])
+    broken = Tokenizer(raw, chat_template="a\n{% if %}")
     with pytest.raises(ValueError, match="chat template: line 2: "):
-        broken = Tokenizer(raw, chat_template="a\n{% if %}")
         broken.apply_chat_template([{"role": "user", "content": "hi"}])
     with pytest.raises(ValueError, match="no chat template"):
         Tokenizer(raw).apply_chat_template([{"role": "user", "content": "hi"}])
@@ -364,5 +370,5 @@ def test_missing_or_broken_files_are_named(tmp_path, raw):
 
 @pytest.mark.parametrize("decoder", [decoders.Metaspace(), decoders.ByteLevel()])
 def test_decoders_that_need_context_are_refused(decoder):
-    with pytest.raises(ValueError, match="decoder (Metaspace|ByteLevel) given"):
+    with pytest.raises(ValueError, match=r"decoder (Metaspace|ByteLevel) given"):
         Tokenizer(build_tokenizer(decoder))
