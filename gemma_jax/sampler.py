@@ -176,12 +176,14 @@ def _threshold(image: jax.Array, weight: jax.Array, target: jax.Array) -> jax.Ar
     """Largest t with sum(weight where image >= t) >= target, row by row; 0 if there is none.
 
     The sum falls as t rises (in floating point too: the order of the additions is fixed and each
-    is monotone), so t is found bit by bit from the top. 32 passes over uint32 [B, V], unrolled: a
-    device loop would add its own bookkeeping to each pass, on a GPU as launches.
+    is monotone), so t is found bit by bit from the top, in 32 passes over uint32 [B, V]. They are
+    a loop because, unrolled, they would be most of the time that the program takes to compile.
     """
-    threshold = jnp.zeros(target.shape, jnp.uint32)
-    for bit in reversed(range(32)):
-        candidate = threshold | jnp.uint32(1 << bit)
+
+    def decide_bit(index: jax.Array, threshold: jax.Array) -> jax.Array:
+        bit = jnp.uint32(1) << (31 - index).astype(jnp.uint32)
+        candidate = threshold | bit
         above = jnp.where(image >= candidate[:, None], weight, jnp.zeros_like(weight))
-        threshold = jnp.where(above.sum(axis=-1) >= target, candidate, threshold)
-    return threshold
+        return jnp.where(above.sum(axis=-1) >= target, candidate, threshold)
+
+    return lax.fori_loop(0, 32, decide_bit, jnp.zeros(target.shape, jnp.uint32))
