@@ -16,6 +16,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -145,8 +146,14 @@ def write_group(folder: Path, group: str, tree: Mapping[str, Planes]) -> None:
     path = folder.absolute() / ARRAYS / group
     stored = {name.replace("/", "."): dict(planes) for name, planes in tree.items()}
     try:
-        with _quiet_orbax(), ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(path, args=ocp.args.PyTreeSave(stored))
+        # In a thread, so that Ctrl-C reaches us and not the middle of Orbax, whose own threads would go on writing
+        # into a folder that is being removed: the pool waits for the save before the interrupt goes on.
+        with (
+            _quiet_orbax(),
+            ocp.Checkpointer(handler) as checkpointer,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            pool.submit(checkpointer.save, path, args=ocp.args.PyTreeSave(stored)).result()
     except Exception as error:  # TensorStore raises ValueError for whatever the system said
         if is_no_space(error):
             raise no_space(path, f"{group} ({', '.join(tree)})") from error
