@@ -49,10 +49,8 @@ def quantized_matmul(x: jax.Array, w: Weight, config: Config | None = None) -> j
 
 def matmul_dense(x: jax.Array, w: Weight) -> jax.Array:
     """float32 ``x [..., K] @ w [N, K].T`` as one dot, in x's type or, for plain w, the wider of the two."""
-    if isinstance(w, QuantizedArray):
-        dtype = x.dtype
-    else:
-        dtype = jnp.promote_types(x.dtype, w.dtype)
+    quantized = isinstance(w, QuantizedArray)
+    dtype = x.dtype if quantized else jnp.promote_types(x.dtype, w.dtype)
     return jax.lax.dot_general(
         x.astype(dtype),
         dense(w, dtype),
