@@ -186,7 +186,7 @@ def _find_tensors(folder: Path) -> dict[str, TensorInfo]:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
+        weight_map = dict(json.loads(path.read_bytes())["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a safetensors index: {error!r}") from None
     for name, shard in weight_map.items():
@@ -208,7 +208,7 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         header = json.loads(raw, object_pairs_hook=_without_duplicates)
         header.pop("__metadata__", None)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} has a damaged safetensors header: {error}") from None
     tensors = {name: _tensor_info(name, entry, path, 8 + length) for name, entry in header.items()}
     _check_ranges(tensors, path, 8 + length, size)
