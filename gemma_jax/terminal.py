@@ -58,13 +58,17 @@ def stream(
     for text in stream_text(clock, lm.tokenizer.stream_decoder(), sampling.stop):
         print(text, end="", flush=True)
     print(flush=True)
-    if stats and clock.times:
-        after_first = clock.times[-1] - clock.times[0]
-        line = f"{len(ids)} prompt tokens, first token after {clock.times[0] - start:.2f} s"
-        line += f" with compilation; {len(clock.times)} tokens"
-        if after_first > 0:
-            line += f", {(len(clock.times) - 1) / after_first:.1f} tokens/s after the first"
-        _write_stats(line)
+    if stats:
+        _write_stats(_speed(len(ids), start, clock.times))
+
+
+def _speed(prompt_tokens: int, start: float, times: Sequence[float]) -> str:
+    """The first two tokens wait for the compilation of prefill and decoding: the rate is without them."""
+    line = f"{prompt_tokens} prompt tokens, {len(times)} new tokens in {times[-1] - start:.2f} s"
+    line += f", the first after {times[0] - start:.2f} s with compilation"
+    if len(times) > 2:
+        line += f"; {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s decoding"
+    return line
 
 
 def chat(

@@ -269,11 +269,17 @@ def test_stats_go_to_stderr(use, capsys):
     assert cli.main(["generate", "m", "12345", "--stream", "--stats"]) == 0
     out, err = capsys.readouterr()
     assert out == "abc\n"
-    assert "5 prompt tokens" in err
-    assert "3 tokens" in err
-    assert "tokens/s" in err
+    assert "5 prompt tokens, 3 new tokens" in err
+    assert "tokens/s decoding" in err
     assert cli.main(["generate", "m", "1", "2", "--stats"]) == 0
     assert "6 tokens in 2 rows" in capsys.readouterr().err
+
+
+def test_speed_leaves_out_the_tokens_that_wait_for_compilation():
+    # Started at 10, compiled for 5 and 4 seconds, then four tokens a second.
+    line = terminal._speed(7, 10.0, [15.0, 19.0, 19.25, 19.5, 19.75])
+    assert line.startswith("7 prompt tokens, 5 new tokens in 9.75 s, the first after 5.00 s")
+    assert line.endswith("4.0 tokens/s decoding")
 
 
 # chat
