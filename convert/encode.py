@@ -106,6 +106,9 @@ class Encoder:
             planes, squares = self._copy(parameter, dtype, hashes)
             format = dtype.name
         error, norm = squares
+        if not np.isfinite(error + norm):
+            names = " + ".join(map(str, parameter.tensors))
+            raise ValueError(f"{names} has values too large for {format}")
         entry = TensorEntry(
             format=format,
             shape=parameter.shape,
@@ -153,14 +156,14 @@ class Encoder:
         width = _unit_width(format, parameter.shape[-1])
         abstract = FORMATS[format].abstract((parameter.size // width, width))
         planes = {name: np.empty(spec.shape, spec.dtype) for name, spec in vars(abstract).items()}
-        squares, unit = np.zeros(2), 0
+        squares, unit, rows = np.zeros(2), 0, _PIECE // width
         pending: collections.deque[Future[np.ndarray]] = collections.deque()
         for _, slab in self._slabs(parameter, width, hashes):
-            encode = _compiled(format, width, slab.dtype)
+            encode = _compiled(format, (rows, width), slab.dtype)
             units = slab.reshape(-1, width)
-            for first in range(0, len(units), _PIECE // width):
-                piece = units[first : first + _PIECE // width]
-                pending.append(self._pool.submit(_encode_piece, encode, piece, planes, unit))
+            for first in range(0, len(units), rows):
+                piece = units[first : first + rows]
+                pending.append(self._pool.submit(_encode_piece, encode, piece, rows, planes, unit))
                 unit += len(piece)
             while len(pending) > 2 * self._threads:
                 squares += pending.popleft().result()
@@ -211,16 +214,17 @@ def _encode(w: jax.Array, format: str) -> tuple[Any, jax.Array]:
 
 
 @functools.cache
-def _compiled(format: str, width: int, dtype: np.dtype) -> Any:
+def _compiled(format: str, shape: tuple[int, int], dtype: np.dtype) -> Any:
     # Ahead of time: threads that meet an uncompiled jitted function would compile it once each.
-    spec = jax.ShapeDtypeStruct((_PIECE // width, width), dtype)
+    spec = jax.ShapeDtypeStruct(shape, dtype)
     return jax.jit(_encode, static_argnums=1).lower(spec, format).compile()
 
 
-def _encode_piece(encode: Any, piece: np.ndarray, planes: Planes, unit: int) -> np.ndarray:
-    """Encodes some units of a matrix into `planes` from `unit` on; returns (squared error, squared norm)."""
+def _encode_piece(
+    encode: Any, piece: np.ndarray, rows: int, planes: Planes, unit: int
+) -> np.ndarray:
+    """Encodes at most `rows` units of a matrix into `planes` from `unit` on; returns (squared error, squared norm)."""
     count, width = piece.shape
-    rows = _PIECE // width
     if count < rows:  # zeros cost time but no error
         piece = np.concatenate([piece, np.zeros((rows - count, width), piece.dtype)])
     quantized, squares = encode(piece)

@@ -62,7 +62,10 @@ def test_reads_ranges_of_rows(tmp_path: Path, numbers: np.random.Generator) -> N
 
 def test_a_dtype_that_is_not_a_weight_cannot_be_read(tmp_path: Path) -> None:
     save_file({"ids": np.arange(3)}, tmp_path / "model.safetensors")
-    with SafetensorsSource(tmp_path) as source, pytest.raises(ValueError, match=r"'ids'.*I64.*BF16"):
+    with (
+        SafetensorsSource(tmp_path) as source,
+        pytest.raises(ValueError, match=r"'ids'.*I64.*BF16"),
+    ):
         source.read("ids")
 
 
