@@ -107,11 +107,11 @@ def card(results: dict) -> str:
     lines = [f"| | {' | '.join(f'`{n}`' for n in names)} |", "|---" * (len(names) + 1) + "|"]
     for label, form in rows:
         lines.append(f"| {label} | {' | '.join(form.format(**results[n]) for n in names)} |")
-    samples = []
-    for name in names:
-        for prompt, text in (results[name]["samples"] | results[name]["chat"]).items():
-            quoted = f"**{prompt.strip()}**{' ' if text[:1].isalpha() else ''}{text.strip()}"
-            samples.append(f"`{name}`:\n\n> " + quoted.replace("\n", "\n> "))
+    samples = [
+        f"`{name}`, after {json.dumps(prompt)}:\n\n```text\n{text.strip()}\n```"
+        for name in names
+        for prompt, text in (results[name]["samples"] | results[name]["chat"]).items()
+    ]
     usage = [
         f"layer {i}: {', '.join(f'{x:.2f}' for x in shares)}"
         for name in names

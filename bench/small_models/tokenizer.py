@@ -55,7 +55,7 @@ def _reserved() -> list[str]:
     return names + [f"<0x{byte:02X}>" for byte in range(256)]
 
 
-def train(texts: Iterable[str]) -> Tokenizer:
+def train(texts: Iterable[str], size: int = VOCAB_SIZE) -> Tokenizer:
     """Learns the merges and returns the tokenizer; encode(x) starts with <bos>."""
     learner = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     learner.normalizer = normalizers.Replace(" ", "▁")
@@ -64,7 +64,7 @@ def train(texts: Iterable[str]) -> Tokenizer:
     learner.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=VOCAB_SIZE,
+            vocab_size=size,
             special_tokens=reserved,
             limit_alphabet=110,
             initial_alphabet=[chr(c) for c in range(33, 127)],
@@ -75,8 +75,8 @@ def train(texts: Iterable[str]) -> Tokenizer:
     )
     learned = json.loads(learner.to_str())["model"]
     vocab = learned["vocab"]
-    if len(vocab) != VOCAB_SIZE or any(vocab[n] != i for i, n in enumerate(reserved)):
-        raise ValueError("the learned vocabulary does not keep the reserved ids in place")
+    if len(vocab) != size or any(vocab[n] != i for i, n in enumerate(reserved)):
+        raise ValueError(f"learned {len(vocab)} tokens of {size}, or moved a reserved id")
     merges = [tuple(pair) for pair in learned["merges"]]
     bpe = models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     tokenizer = Tokenizer(bpe)

@@ -28,7 +28,7 @@ LENGTH = 512
 BATCH = 8
 BOS, EOS = 2, 1
 CHAT_SHARE = 0.06
-MUON_RATE, ADAM_RATE, BALANCE = 0.02, 3e-3, 0.01
+MUON_RATE, ADAM_RATE, BALANCE = 0.02, 3e-3, 0.05
 
 
 class Muon(torch.optim.Optimizer):
