@@ -25,7 +25,7 @@ from pallas_kernels.arrays import BLOCK, EQ8_0, FORMATS, Q4K, Q6K, QuantizedArra
 
 F16_MAX = 65504.0
 # Elements worked on at once: what a core's cache holds, or enough to fill a GPU.
-CHUNK_ELEMENTS = {"cpu": 2**17, "gpu": 2**26}
+CHUNK_ELEMENTS = {"cpu": 2**16, "gpu": 2**26}
 
 
 def quantize(

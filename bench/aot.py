@@ -1,0 +1,213 @@
+"""Compiles for a GPU that is not there, and says what the compiled program will do.
+
+``python -m bench.aot --target h200`` compiles every op, format and case for one target and prints a line for each:
+kernels launched, bytes of arguments, results and temporaries. Without ``--target`` it does so for every target, each
+in a process of its own, because JAX's kernel caches do not know which target a kernel was compiled for.
+
+Needs the CUDA plugin of JAX's own version (``jax[cuda13-local]``), no NVIDIA library and no GPU. What it yields is
+deterministic, with one caveat: nothing is autotuned without the device, so XLA's own matrix products are compiled with
+whatever tiling comes first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from pallas_kernels import embedding_lookup, expert_matmul, quantized_matmul
+from pallas_kernels.arrays import FORMATS
+from pallas_kernels.embedding_lookup import cases as embedding_cases
+from pallas_kernels.expert_matmul import cases as expert_cases
+from pallas_kernels.quantized_matmul import cases as matmul_cases
+
+TARGETS_FOLDER = Path(__file__).parent / "gpu_targets"
+TARGETS = ("h200", "h100", "b200", "gb10")
+WEIGHT_FORMATS = (*FORMATS, "bf16")
+
+_target_of_this_process: str | None = None
+
+
+class Program(NamedTuple):
+    """What one compiled program does: sizes in bytes, time to compile in seconds."""
+
+    kernels: int
+    argument_bytes: int
+    output_bytes: int
+    temp_bytes: int
+    seconds: float
+    hlo: str
+
+
+class Call(NamedTuple):
+    """One op on abstract arguments."""
+
+    name: str
+    function: Callable[..., jax.Array]
+    arguments: tuple[Any, ...]
+
+
+@functools.cache
+def sharding(target: str) -> jax.sharding.NamedSharding:
+    """Returns the replicated sharding on one device of ``target`` for abstract arguments.
+
+    Raises:
+        ValueError: unknown target.
+        RuntimeError: another target was used in this process, or the CUDA plugin is missing.
+    """
+    global _target_of_this_process
+    if target not in TARGETS:
+        raise ValueError(f"target = {target!r}: expected one of {', '.join(TARGETS)}")
+    if _target_of_this_process not in (None, target):
+        raise RuntimeError(
+            f"compiled for {_target_of_this_process} already: one process per target"
+        )
+    _target_of_this_process = target
+    description = (TARGETS_FOLDER / f"{target}.txtpb").read_text()
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=description, topology="1x1x1"
+        )
+    except Exception as error:
+        raise RuntimeError(
+            "JAX cannot describe a CUDA device: install the plugin of JAX's own version, "
+            f"for example jax[cuda13-local]=={jax.__version__}"
+        ) from error
+    mesh = topologies.make_mesh(topology, (1,), ("device",))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def compile_for(
+    target: str,
+    function: Callable[..., Any],
+    *arguments: Any,
+    donate_argnums: tuple[int, ...] = (),
+    compiler_options: dict[str, Any] | None = None,
+) -> jax.stages.Compiled:
+    """Compiles ``function`` for ``target``; arguments are pytrees of anything with shape and dtype.
+
+    Raises:
+        ValueError: unknown target.
+        RuntimeError: another target was used in this process, or the CUDA plugin is missing.
+    """
+    placed = sharding(target)
+    abstract = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed), arguments
+    )
+    lowered = jax.jit(function, donate_argnums=donate_argnums).lower(*abstract)
+    return lowered.compile(compiler_options=compiler_options)
+
+
+def examine(target: str, function: Callable[..., Any], *arguments: Any) -> Program:
+    """Compiles as :func:`compile_for` does and returns what the program does."""
+    start = time.perf_counter()
+    compiled = compile_for(target, function, *arguments)
+    seconds = time.perf_counter() - start
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    return Program(
+        kernels=count_kernels(hlo),
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        seconds=seconds,
+        hlo=hlo,
+    )
+
+
+_FREE = "parameter|constant|tuple|get-tuple-element|bitcast|after-all|partition-id|while|conditional|call"
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = .*?[\])}] ([a-z][\w-]*)\(")
+
+
+def count_kernels(hlo: str) -> int:
+    """Returns how many device operations optimised HLO holds: those outside fusions that do work.
+
+    The body of a loop counts once. Asynchronous pairs (``…-start``, ``…-done``) count once.
+    """
+    kernels, skipping = 0, False
+    # Computations that a fusion or a reduction calls are inside someone else's kernel.
+    inner = set(re.findall(r"(?:calls|to_apply|comparator)=%?([\w.-]+)", hlo))
+    for line in hlo.splitlines():
+        header = re.match(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$", line)
+        if header:
+            skipping = header.group(1) in inner
+            continue
+        found = None if skipping else _INSTRUCTION.match(line)
+        if (
+            found
+            and not re.fullmatch(_FREE, found.group(1))
+            and not found.group(1).endswith("-done")
+        ):
+            kernels += 1
+    return kernels
+
+
+def abstract_weight(shape: tuple[int, ...], format: str) -> Any:  # noqa: A002 - the users' word
+    """Returns a weight of ``shape`` in one of ``WEIGHT_FORMATS`` as ``jax.ShapeDtypeStruct`` planes."""
+    if format == "bf16":
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    return FORMATS[format].abstract(shape)
+
+
+def calls(format: str, *, small: bool = True, real: bool = True) -> Iterator[Call]:  # noqa: A002
+    """Yields every op on every named case with weights in ``format`` and bf16 activations."""
+    groups = [g for g, wanted in (("SMALL", small), ("REAL", real)) if wanted]
+    for group in groups:
+        for name, m in getattr(matmul_cases, group).items():
+            for rows in matmul_cases.ROWS:
+                x = jax.ShapeDtypeStruct((rows, m.k), jnp.bfloat16)
+                w = abstract_weight((m.n, m.k), format)
+                yield Call(f"quantized_matmul {name} M={rows}", quantized_matmul, (x, w))
+        for name, t in getattr(embedding_cases, group).items():
+            for rows in embedding_cases.ROWS:
+                ids = jax.ShapeDtypeStruct((rows,), jnp.int32)
+                w = abstract_weight((t.v, t.k), format)
+                yield Call(f"embedding_lookup {name} M={rows}", embedding_lookup, (w, ids))
+        for name, c in getattr(expert_cases, group).items():
+            for rows in (c.per_token * tokens for tokens in expert_cases.TOKENS):
+                x = jax.ShapeDtypeStruct((rows, c.k), jnp.bfloat16)
+                ids = jax.ShapeDtypeStruct((rows,), jnp.int32)
+                w = abstract_weight((c.e, c.n, c.k), format)
+                yield Call(f"expert_matmul {name} M={rows}", expert_matmul, (x, w, ids))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints a line per op, format and case; returns 1 if anything failed to compile."""
+    parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__)
+    parser.add_argument("--target", choices=TARGETS, help="default: all, one process each")
+    parser.add_argument("--only", default="", help="compile only calls whose name contains this")
+    options = parser.parse_args(argv)
+    if options.target is None:
+        command = [sys.executable, "-m", "bench.aot", "--only", options.only, "--target"]
+        return max(subprocess.run([*command, target], check=False).returncode for target in TARGETS)
+    failures = 0
+    for weight_format in WEIGHT_FORMATS:
+        for call in calls(weight_format):
+            if options.only not in call.name:
+                continue
+            label = f"{options.target:5} {weight_format:6} {call.name:44}"
+            try:
+                p = examine(options.target, call.function, *call.arguments)
+            except jax.errors.JaxRuntimeError as error:
+                failures += 1
+                print(f"{label} FAILED: {str(error).splitlines()[0]}", flush=True)
+                continue
+            print(
+                f"{label} {p.kernels:3} kernels, arguments {p.argument_bytes / 1e6:8.2f} MB, "
+                f"temporaries {p.temp_bytes / 1e6:8.3f} MB, compiled in {p.seconds:.1f} s",
+                flush=True,
+            )
+    return min(failures, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
