@@ -25,7 +25,7 @@ True
 
 from gemma_jax.cache import KVCache, cache_bytes, init_cache
 from gemma_jax.config import Gemma4Config
-from gemma_jax.generate import (
+from gemma_jax.generation import (
     DecodeState,
     FinishReason,
     GenerateResult,

@@ -1,4 +1,4 @@
-"""`LanguageModel`: a checkpoint with its tokenizer, text in and text out, over the pure functions of `gemma_jax.generate`.
+"""`LanguageModel`: a checkpoint with its tokenizer, text in and text out, over the pure functions of `gemma_jax.generation`.
 
 What it adds to them is bucketing (prompts of any length and batches of any size share a few compiled programs), text, and
 stop strings.
@@ -19,7 +19,7 @@ import numpy as np
 from gemma_jax.cache import init_cache
 from gemma_jax.checkpoints import resolve
 from gemma_jax.config import Gemma4Config
-from gemma_jax.generate import FinishReason, GenerateResult, advance, generate, start
+from gemma_jax.generation import FinishReason, GenerateResult, advance, generate, start
 from gemma_jax.model import Gemma4, Params
 from gemma_jax.sampling import Sampling, SamplingParams, stack_sampling
 from gemma_jax.streaming import THINKING_MARKERS, Kind, StopStrings, split_thinking, stream_text
@@ -75,9 +75,10 @@ def load(
     >>> lm.config.num_layers
     7
     """
-    from convert.load import load_checkpoint  # Orbax is slow to import
+    from convert import hub, load  # Orbax is slow to import
 
-    folder, config, params = load_checkpoint(resolve(source), format=format)
+    folder = hub.resolve(resolve(source))
+    config, params, _ = load.load_checkpoint(folder, format=format)
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
@@ -94,7 +95,7 @@ class LanguageModel:
     """A decoder, its parameters and its tokenizer.
 
     Attributes:
-      model: the Flax module, which is what the functions of `gemma_jax.generate` take.
+      model: the Flax module, which is what the functions of `gemma_jax.generation` take.
       params: its parameters, quantized or not.
       tokenizer: see `gemma_jax.tokenizer.Tokenizer`.
     """

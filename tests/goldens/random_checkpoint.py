@@ -81,7 +81,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def random_checkpoint(config: dict[str, Any], seed: int = 0) -> Tensors:
-    """Tensors in the published layout (``model.layers.N.…``), float32.
+    """Tensors in the published layout (``model.layers.N.…``), float32 arrays of values that bfloat16 holds exactly.
 
     Matrices are normal with variance 1 / fan-in, so activations stay of order one through any depth; norms and scalars are
     spread around one, so that a forgotten one shows.
@@ -93,10 +93,10 @@ def random_checkpoint(config: dict[str, Any], seed: int = 0) -> Tensors:
 
     def matrix(name: str, *shape: int) -> None:
         values = rng.standard_normal(shape, dtype=np.float32) / np.sqrt(shape[-1])
-        tensors[f"model.{name}"] = values.astype(np.float32)
+        tensors[f"model.{name}"] = _bf16_values(values)
 
     def vector(name: str, size: int) -> None:
-        tensors[f"model.{name}"] = rng.uniform(0.6, 1.4, size).astype(np.float32)
+        tensors[f"model.{name}"] = _bf16_values(rng.uniform(0.6, 1.4, size))
 
     matrix("embed_tokens.weight", config["vocab_size"], hidden)
     vector("norm.weight", hidden)
@@ -151,6 +151,12 @@ def _layer(config: dict[str, Any], i: int, matrix: Any, vector: Any) -> None:
         matrix(f"{layer}.per_layer_input_gate.weight", ple, hidden)
         matrix(f"{layer}.per_layer_projection.weight", hidden, ple)
         vector(f"{layer}.post_per_layer_input_norm.weight", hidden)
+
+
+def _bf16_values(x: np.ndarray) -> np.ndarray:
+    """Rounds to bfloat16 (half up), so that a bfloat16 copy of the checkpoint is the same checkpoint."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x8000) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], seed: int = 0) -> Path:

@@ -16,8 +16,8 @@ from jax import lax
 
 from gemma_jax.cache import KVCache, init_cache
 from gemma_jax.model import Gemma4, Params
-from gemma_jax.sampler import TokenCounts, log_probabilities, sample
-from gemma_jax.sampling import SamplingParams
+from gemma_jax.sampler import log_probabilities, sample
+from gemma_jax.sampling import SamplingParams, TokenCounts
 
 PREFILL_CHUNK = 512
 

@@ -1,0 +1,55 @@
+"""Shared by all tests: the CPU backend, compiled programs kept between runs, and small checkpoints."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler for GPUs may be installed; no test needs a GPU
+
+import jax
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "goldens"))
+
+import random_checkpoint
+
+import gemma_jax
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _keep_compiled_programs(request: pytest.FixtureRequest) -> None:
+    cache = request.config.cache.mkdir("compiled")
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of golden files."""
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def random_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Hugging Face folders of random checkpoints, one per family of architectures."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {
+        name: random_checkpoint.write_checkpoint(root / name, config)
+        for name, config in random_checkpoint.FAMILIES.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_dense() -> gemma_jax.LanguageModel:
+    """The bundled dense model in Q4K."""
+    return gemma_jax.load("tiny-dense", format="q4k")
+
+
+@pytest.fixture(scope="session")
+def tiny_moe() -> gemma_jax.LanguageModel:
+    """The bundled mixture-of-experts model in Q4K."""
+    return gemma_jax.load("tiny-moe", format="q4k")
