@@ -1,0 +1,150 @@
+"""Folders that appear whole or not at all, and groups of arrays through Orbax."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from convert.storage import Planes, atomic_folder, read_group, write_group
+
+
+def content(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def group(numbers: np.random.Generator) -> dict[str, Planes]:
+    codes = numbers.integers(0, 2**32, (7, 5), dtype=np.uint32)
+    return {
+        "layers_0/ffn/down": {"codes": codes, "d": np.ones((7, 1), np.float16)},
+        "layers_0/input_norm": {"value": numbers.normal(size=3).astype(ml_dtypes.bfloat16)},
+        "layers_0/moe/down": {"scales": numbers.integers(-9, 9, (2, 3, 4), dtype=np.int8)},
+    }
+
+
+def test_groups_come_back_bit_by_bit(tmp_path: Path, numbers: np.random.Generator) -> None:
+    stored = group(numbers)
+    write_group(tmp_path, "layers_0", stored)
+    read = read_group(tmp_path, "layers_0")
+    assert read.keys() == stored.keys()
+    for path, planes in stored.items():
+        assert read[path].keys() == planes.keys()
+        for name, plane in planes.items():
+            assert read[path][name].dtype == plane.dtype
+            np.testing.assert_array_equal(read[path][name], plane)
+
+
+def test_missing_and_damaged_groups_are_named(tmp_path: Path, numbers: np.random.Generator) -> None:
+    with pytest.raises(ValueError, match=r"arrays/layers_0 is missing"):
+        read_group(tmp_path, "layers_0")
+    write_group(tmp_path, "layers_0", group(numbers))
+    data = [path for path in (tmp_path / "arrays").rglob("d/*") if path.is_file()]
+    assert data
+    for path in data:
+        damaged = bytearray(path.read_bytes())
+        damaged[len(damaged) // 2] ^= 1
+        path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"arrays/layers_0 is damaged"):
+        read_group(tmp_path, "layers_0")
+
+
+def test_folder_appears_only_when_the_block_ends(tmp_path: Path) -> None:
+    destination = tmp_path / "x"
+    with atomic_folder(destination) as folder:
+        assert folder.parent == tmp_path
+        (folder / "file").write_text("text")
+        assert not destination.exists()
+    assert content(tmp_path) == ["x"]
+    assert content(destination) == ["file"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_nothing_is_left_of_a_block_that_fails(tmp_path: Path, error: type[BaseException]) -> None:
+    def fail() -> None:
+        with atomic_folder(tmp_path / "x") as folder:
+            (folder / "file").write_text("text")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert content(tmp_path) == []
+
+
+def test_existing_destination_is_refused_and_kept(tmp_path: Path) -> None:
+    destination = tmp_path / "x"
+    destination.mkdir()
+    with pytest.raises(FileExistsError, match=str(destination)), atomic_folder(destination):
+        pytest.fail("the block must not run")
+    assert content(tmp_path) == ["x"]
+
+
+def test_destination_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    theirs = tmp_path / "x" / "theirs"
+    with pytest.raises(FileExistsError, match="meanwhile"), atomic_folder(tmp_path / "x"):
+        theirs.mkdir(parents=True)
+    assert content(tmp_path) == ["x"]
+    assert theirs.exists()
+
+
+def test_missing_parent_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="absent"), atomic_folder(tmp_path / "absent" / "x"):
+        pytest.fail("the block must not run")
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from convert.storage import atomic_folder
+with atomic_folder(Path(sys.argv[1])) as folder:
+    (folder / "file").touch()
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_folders_of_dead_processes_are_removed_those_of_living_ones_kept(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "x")]
+    # The repository's root is where its packages are imported from.
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == b"ready\n"
+        (unfinished,) = tmp_path.iterdir()
+        other = tmp_path / ".y.unfinished-a"  # of a conversion to another destination
+        other.mkdir()
+        with pytest.raises(RuntimeError), atomic_folder(tmp_path / "x"):
+            raise RuntimeError
+        assert unfinished.exists()
+    finally:
+        process.kill()
+        process.communicate()
+    assert unfinished.exists()
+    with atomic_folder(tmp_path / "x"):
+        assert not unfinished.exists()
+    assert content(tmp_path) == [".y.unfinished-a", "x"]
+
+
+def test_the_folder_has_the_rights_of_any_new_folder(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    with atomic_folder(tmp_path / "x"):
+        pass
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_full_disk_without_a_file_name_gets_the_destination(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=r"no space left.*writing x") as caught,
+        atomic_folder(tmp_path / "x"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert caught.value.errno == errno.ENOSPC
+    assert content(tmp_path) == []
