@@ -42,7 +42,7 @@ def convert_checkpoint(
 ) -> Manifest:
     """Converts a Hugging Face checkpoint to a self-contained folder.
 
-    Tensors are read in slabs of 4 MB, encoded on all cores and written group by group (embed, ple, each layer), so
+    Tensors are read in slabs of 8 MB, encoded on all cores and written group by group (embed, ple, each layer), so
     that memory peaks at about 1 GB plus twice the largest group. `dst` appears when it is complete and on the disk;
     a conversion that fails or is interrupted leaves nothing, a killed one a hidden folder ``.{dst}.unfinished-*``
     that the next conversion to `dst` removes.

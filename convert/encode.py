@@ -1,11 +1,11 @@
 """Turns a parameter's tensors into planes, a fixed small piece at a time.
 
-    file --pread--> slab (4 MB) --check, hash--> pieces of 2**18 elements --XLA, a thread per core--> planes
+    file --pread--> slab (8 MB) --check, hash--> pieces --XLA, a thread per core--> planes
 
 Blocks of a quantized row know nothing of each other, so a matrix is cut without regard to its rows: every piece of
-every matrix has one of a few shapes, and a whole checkpoint compiles one program per format and super-block size.
-Pieces are this small because the quantizer passes over its input dozens of times and 1 MB of float32 stays in a
-core's cache: on two cores it runs twice as fast as on pieces of 2**20 elements (`bench/convert.py`).
+every matrix has one of a few shapes, and a whole checkpoint compiles one program per format and super-block size. On
+CPUs pieces are small, because the quantizer passes over its input dozens of times and then finds it in a core's
+cache, and because the last piece of a tensor is filled up with zeros (`python -m bench.convert` compares sizes).
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from pallas_kernels.arrays import FORMATS, SUPER_BLOCKS, Weight
 from pallas_kernels.quantize import quantize
 
 PLAIN_PLANE = "value"  # the one plane of an array that is not quantized
-_PIECE = 2**18
-_SLAB = 8 * _PIECE
+_PIECE = 2**16
+_PIECE_ON_GPU = 2**22  # where launches cost, and caches do not
+_SLAB = 2**22
 # Sign bit cleared, a value with all exponent bits set is infinite or not a number.
 _EXPONENTS = {
     np.dtype(ml_dtypes.bfloat16): (np.uint16, 0x7FFF, 0x7F80),
@@ -153,13 +154,13 @@ class Encoder:
     def _quantize(
         self, parameter: Parameter, format: str, hashes: dict[str, str]
     ) -> tuple[Planes, np.ndarray]:
-        width = _unit_width(format, parameter.shape[-1])
+        width = unit_width(format, parameter.shape[-1])
         abstract = FORMATS[format].abstract((parameter.size // width, width))
         planes = {name: np.empty(spec.shape, spec.dtype) for name, spec in vars(abstract).items()}
-        squares, unit, rows = np.zeros(2), 0, _PIECE // width
+        squares, unit, rows = np.zeros(2), 0, _piece_size() // width
         pending: collections.deque[Future[np.ndarray]] = collections.deque()
         for _, slab in self._slabs(parameter, width, hashes):
-            encode = _compiled(format, (rows, width), slab.dtype)
+            encode = compiled(format, (rows, width), slab.dtype)
             units = slab.reshape(-1, width)
             for first in range(0, len(units), rows):
                 piece = units[first : first + rows]
@@ -191,7 +192,11 @@ def as_weight(format: str, planes: Planes) -> Weight:
     return weight.validate()
 
 
-def _unit_width(format: str, k: int) -> int:
+def _piece_size() -> int:
+    return _PIECE if jax.default_backend() == "cpu" else _PIECE_ON_GPU
+
+
+def unit_width(format: str, k: int) -> int:
     """The least number of elements that a row's planes are a whole number of copies of: a super-block, or a block.
 
     Where neighbouring blocks share bytes and their number is odd, it is the row.
@@ -214,7 +219,8 @@ def _encode(w: jax.Array, format: str) -> tuple[Any, jax.Array]:
 
 
 @functools.cache
-def _compiled(format: str, shape: tuple[int, int], dtype: np.dtype) -> Any:
+def compiled(format: str, shape: tuple[int, int], dtype: np.dtype) -> Any:
+    """The program that encodes a piece of `shape`: ``piece -> (quantized, [squared errors, squared norms])``."""
     # Ahead of time: threads that meet an uncompiled jitted function would compile it once each.
     spec = jax.ShapeDtypeStruct(shape, dtype)
     return jax.jit(_encode, static_argnums=1).lower(spec, format).compile()

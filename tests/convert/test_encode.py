@@ -71,10 +71,10 @@ def test_stacked_experts_keep_their_axes(tmp_path: Path, numbers: np.random.Gene
     np.testing.assert_allclose(weight[3].dequantize(), w[3], atol=np.abs(w).max() / 127 / 2 * 1.1)
 
 
-def test_a_piece_holds_less_than_a_tensor_and_a_slab_too(
+def test_a_tensor_of_several_slabs_at_the_real_sizes(
     tmp_path: Path, numbers: np.random.Generator
 ) -> None:
-    """The real sizes: 2.2 slabs, the last piece partly empty."""
+    """2.2 slabs, the last piece partly empty."""
     rows = int(2.2 * encode._SLAB / 4096)
     w = numbers.normal(size=(rows, 4096)).astype(ml_dtypes.bfloat16)
     sizes: list[int] = []
