@@ -15,7 +15,7 @@ def attention(
     window: int | None,
 ) -> jax.Array:
     """See `pallas_kernels.attention.attention`."""
-    q, kv = q.astype(jnp.float32), kv.astype(jnp.float32)
+    dtype, q, kv = q.dtype, q.astype(jnp.float32), kv.astype(jnp.float32)
     k, v = jnp.split(kv, 2, axis=2)
     groups = q.shape[2] // k.shape[2]
     k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)
@@ -28,7 +28,7 @@ def attention(
     )
     total = jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights / jnp.where(total == 0.0, 1.0, total)
-    return jnp.einsum("BHTS,BSHC->BTHC", weights, v, precision="highest")
+    return jnp.einsum("BHTS,BSHC->BTHC", weights, v, precision="highest").astype(dtype)
 
 
 def visible(q_positions: jax.Array, kv_positions: jax.Array, window: int | None) -> jax.Array:
