@@ -184,11 +184,12 @@ def as_weight(format: str, planes: Planes) -> Weight:
         if list(planes) != [PLAIN_PLANE] or planes[PLAIN_PLANE].dtype.name != format:
             found = {name: plane.dtype.name for name, plane in planes.items()}
             raise ValueError(f"expected one plane {PLAIN_PLANE!r} of dtype {format}, found {found}")
-        return jnp.asarray(planes[PLAIN_PLANE])
+        return jax.device_put(planes[PLAIN_PLANE])
     names = {field.name for field in dataclasses.fields(FORMATS[format])}
     if set(planes) != names:
         raise ValueError(f"{format} has planes {sorted(names)}, found {sorted(planes)}")
-    weight = FORMATS[format](**{name: jnp.asarray(plane) for name, plane in planes.items()})
+    # Not `jnp.asarray`, which compiles a program for every new shape.
+    weight = FORMATS[format](**jax.device_put(planes))
     return weight.validate()
 
 

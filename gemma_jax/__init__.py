@@ -59,6 +59,6 @@ __all__ = [
     "init_cache",
     "load",
     "prefill",
-    "start",
     "stack_sampling",
+    "start",
 ]

@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import Any, NoReturn
 
 import gemma_jax
-from gemma_jax import terminal
+from gemma_jax import compilation_cache, terminal
 from gemma_jax.checkpoints import resolve
 from gemma_jax.sampling import Sampling
 
@@ -169,6 +169,7 @@ def _sampling(args: argparse.Namespace) -> Sampling:
 def _convert(args: argparse.Namespace) -> None:
     from convert.converter import convert_checkpoint  # Orbax is slow to import
 
+    compilation_cache.enable()
     manifest = convert_checkpoint(
         resolve(args.source), args.destination, format=args.format, progress=True
     )

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_jax import compilation_cache
 from gemma_jax.cache import init_cache
 from gemma_jax.checkpoints import resolve
 from gemma_jax.config import Gemma4Config
@@ -59,7 +60,7 @@ class Completion:
 def load(
     source: str | Path, format: str | None = None, dtype: jax.typing.DTypeLike | None = None
 ) -> LanguageModel:
-    """Loads a checkpoint.
+    """Loads a checkpoint. Compiled programs are kept in the user's cache folder: see `gemma_jax.compilation_cache`.
 
     Args:
       source: a folder that `gemma-jax convert` wrote, a Hugging Face folder, a hub id ("google/gemma-4-E2B-it"), or the
@@ -77,6 +78,7 @@ def load(
     """
     from convert import hub, load  # Orbax is slow to import
 
+    compilation_cache.enable()
     folder = hub.resolve(resolve(source))
     config, params, _ = load.load_checkpoint(folder, format=format)
     tokenizer = Tokenizer.from_folder(folder)
