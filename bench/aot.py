@@ -80,8 +80,9 @@ def sharding(target: str) -> jax.sharding.NamedSharding:
         )
     except Exception as error:
         raise RuntimeError(
-            "JAX cannot describe a CUDA device: install the plugin of JAX's own version, "
-            f"for example jax[cuda13-local]=={jax.__version__}"
+            "JAX cannot describe a CUDA device: it needs the plugin of its own version, for example "
+            f"jax[cuda13-local]=={jax.__version__}, and the platform set to cpu where there is no GPU "
+            "(JAX_PLATFORMS=cpu)"
         ) from error
     mesh = topologies.make_mesh(topology, (1,), ("device",))
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -186,6 +187,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--target", choices=TARGETS, help="default: all, one process each")
     parser.add_argument("--only", default="", help="compile only calls whose name contains this")
     options = parser.parse_args(argv)
+    # Otherwise the CUDA plugin looks for a driver and NVIDIA's libraries, and gives up without them.
+    jax.config.update("jax_platforms", "cpu")
     if options.target is None:
         command = [sys.executable, "-m", "bench.aot", "--only", options.only, "--target"]
         return max(subprocess.run([*command, target], check=False).returncode for target in TARGETS)

@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.arrays import QuantizedArray, Weight
+from pallas_kernels.arrays import Q6K, QuantizedArray, Weight
 from pallas_kernels.dispatch import dense
 from pallas_kernels.wordwise import weighted_sums
 
@@ -41,9 +41,16 @@ def quantized_matmul(x: jax.Array, w: Weight, config: Config | None = None) -> j
     narrower = isinstance(w, QuantizedArray) or w.dtype.itemsize < x.dtype.itemsize
     if narrower and 0 < rows <= config.max_wordwise_rows:
         flat = x.reshape(rows, -1).astype(jnp.float32)
-        # One reduction per row over the same operand: XLA merges them into a kernel that reads the weights once.
-        sums = [weighted_sums(flat[m], w) for m in range(rows)]
-        return jnp.stack(sums).reshape(*x.shape[:-1], -1)
+        if isinstance(w, Q6K):
+            # XLA finds its codes too dear to unpack in the sums and would write a float32 per word and row instead.
+            # The barrier keeps the unpacking inside the loop.
+            sums = jax.lax.map(
+                lambda row: weighted_sums(*jax.lax.optimization_barrier((row, w))), flat
+            )
+        else:
+            # One sum per row over the same operand: XLA merges them into a kernel that reads the weights once.
+            sums = jnp.stack([weighted_sums(flat[m], w) for m in range(rows)])
+        return sums.reshape(*x.shape[:-1], -1)
     return matmul_dense(x, w)
 
 
