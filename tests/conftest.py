@@ -1,30 +1,15 @@
-"""Shared by all tests: the CPU backend, compiled programs kept between runs, and small checkpoints."""
+"""Shared by all tests: golden files and small checkpoints."""
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler for GPUs may be installed; no test needs a GPU
-
-import jax
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent / "goldens"))
-
 import random_checkpoint
 
 import gemma_jax
 
 DATA = Path(__file__).parent / "data"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _keep_compiled_programs(request: pytest.FixtureRequest) -> None:
-    cache = request.config.cache.mkdir("compiled")
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @pytest.fixture(scope="session")
