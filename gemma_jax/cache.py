@@ -1,9 +1,9 @@
 """The KV cache: one array per layer that has K/V of its own, written in place under donation.
 
 Layout. Layer i holds ``kv [B, S, 2K, C]``: K key heads, then K value heads, so that one token's keys and values are
-contiguous. Global layers have ``S = capacity`` and slot s holds position s. Sliding layers have ``S = min(window, capacity)``
-and are rings: position p lives in slot ``p % S``. KV-shared layers hold nothing; they read the layer `Gemma4Config.kv_source`
-names. Keys are stored after their norm and RoPE, values after theirs.
+contiguous. Global layers have ``S = capacity`` and slot s holds position s. Sliding layers have ``S = min(window,
+capacity)`` and are rings: position p lives in slot ``p % S``. KV-shared layers hold nothing; they read the layer
+`Gemma4Config.kv_source` names. Keys are stored after their norm and RoPE, values after theirs.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def cache_bytes(config: Gemma4Config, batch: int, capacity: int, itemsize: int =
 def slot_positions(slots: int, lengths: jax.Array) -> jax.Array:
     """The position each slot of a layer holds after `lengths` tokens: int32 ``[B, slots]``, negative where none.
 
-    Slot s holds the largest position below the length that is s modulo `slots`; for a global layer, where nothing wraps,
-    that is s itself.
+    Slot s holds the largest position below the length that is s modulo `slots`; for a global layer, where nothing
+    wraps, that is s itself.
     """
     last = lengths[:, None] - 1
     return last - (last - jnp.arange(slots, dtype=jnp.int32)) % slots

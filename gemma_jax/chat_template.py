@@ -139,5 +139,5 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _strftime_now(format: str) -> str:  # noqa: A002 - templates may name it
+def _strftime_now(format: str) -> str:
     return datetime.now().strftime(format)

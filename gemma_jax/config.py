@@ -1,7 +1,7 @@
 """The architecture of a Gemma 4 text decoder, read from a Hugging Face ``config.json`` and checked.
 
-`Gemma4Config` is frozen and hashable, so it can be a static argument of `jax.jit`. Everything that differs from layer to
-layer (head size, number of KV heads, FFN width, whose K/V a layer reads) is a method of the layer's index.
+`Gemma4Config` is frozen and hashable, so it can be a static argument of `jax.jit`. Everything that differs from layer
+to layer (head size, number of KV heads, FFN width, whose K/V a layer reads) is a method of the layer's index.
 """
 
 from __future__ import annotations
@@ -142,7 +142,9 @@ class Gemma4Config:
 
     def ffn_size(self, layer: int) -> int:
         """Width F of the dense FFN of `layer`; KV-shared layers may be twice as wide."""
-        return self.intermediate_size * (2 if self.use_double_wide_mlp and self.is_kv_shared(layer) else 1)
+        return self.intermediate_size * (
+            2 if self.use_double_wide_mlp and self.is_kv_shared(layer) else 1
+        )
 
     # --- config.json --------------------------------------------------------------------------------------------
 
@@ -156,7 +158,9 @@ class Gemma4Config:
         """
         data, where = _read(source)
         if not str(data.get("model_type", "")).startswith("gemma4"):
-            raise ValueError(f"{where}: model_type is {data.get('model_type')!r}; expected a Gemma 4 checkpoint")
+            raise ValueError(
+                f"{where}: model_type is {data.get('model_type')!r}; expected a Gemma 4 checkpoint"
+            )
         text = {**data, **data["text_config"]} if "text_config" in data else dict(data)
         inherited = set(data) if "text_config" in data else set()
         _refuse_unsupported(text, where)
@@ -234,15 +238,20 @@ def _refuse_unsupported(text: Mapping[str, Any], where: str) -> None:
     for key, values in accepted.items():
         value = text.get(key)
         if value is not None and value not in values:
-            raise ValueError(f"{where}: {key} is {value!r}; supported: {', '.join(map(repr, values))}")
+            raise ValueError(
+                f"{where}: {key} is {value!r}; supported: {', '.join(map(repr, values))}"
+            )
     if text.get("routed_layer_pattern"):
-        raise ValueError(f"{where}: routed_layer_pattern is {text['routed_layer_pattern']!r}; supported: none")
+        raise ValueError(
+            f"{where}: routed_layer_pattern is {text['routed_layer_pattern']!r}; supported: none"
+        )
 
 
 def _apply_layer_overrides(fields: dict[str, Any], text: Mapping[str, Any], where: str) -> None:
     """Fills `layer_types`, and the global sizes that newer exports put into ``per_layer_config``."""
     fields.setdefault(
-        "layer_types", [GLOBAL if (i + 1) % 6 == 0 else SLIDING for i in range(fields["num_layers"])]
+        "layer_types",
+        [GLOBAL if (i + 1) % 6 == 0 else SLIDING for i in range(fields["num_layers"])],
     )
     fields["layer_types"] = tuple(fields["layer_types"])
     if "global_head_dim" not in fields:
@@ -253,12 +262,16 @@ def _apply_layer_overrides(fields: dict[str, Any], text: Mapping[str, Any], wher
     kinds = fields["layer_types"]
     expected = {str(i) for i, kind in enumerate(kinds) if kind == GLOBAL}
     if {str(i) for i in overrides} != expected:
-        raise ValueError(f"{where}: per_layer_config names layers {sorted(overrides)}, full_attention layers are {sorted(expected)}")
+        raise ValueError(
+            f"{where}: per_layer_config names layers {sorted(overrides)}, full_attention layers are {sorted(expected)}"
+        )
     head_dims = {o.get("head_dim", fields["head_dim"]) for o in overrides.values()}
     kv_heads = {o.get("num_key_value_heads", fields["num_kv_heads"]) for o in overrides.values()}
     unknown = {key for o in overrides.values() for key in o} - {"head_dim", "num_key_value_heads"}
     if unknown or len(head_dims) > 1 or len(kv_heads) > 1:
-        raise ValueError(f"{where}: per_layer_config {overrides} is not the same for all full_attention layers")
+        raise ValueError(
+            f"{where}: per_layer_config {overrides} is not the same for all full_attention layers"
+        )
     fields["global_head_dim"] = head_dims.pop()
     fields["num_global_kv_heads"] = kv_heads.pop()
 
@@ -270,7 +283,8 @@ def _apply_rope(fields: dict[str, Any], text: Mapping[str, Any], where: str) -> 
         rope = rope or {}
         if rope.get("rope_type", _ALLOWED_ROPE[kind]) != _ALLOWED_ROPE[kind]:
             raise ValueError(
-                f"{where}: rope_parameters.{kind}.rope_type is {rope['rope_type']!r}; supported: {_ALLOWED_ROPE[kind]!r}"
+                f"{where}: rope_parameters.{kind}.rope_type is {rope['rope_type']!r}; "
+                f"supported: {_ALLOWED_ROPE[kind]!r}"
             )
         name = "rope_theta" if kind == SLIDING else "global_rope_theta"
         if "rope_theta" in rope:
@@ -283,7 +297,9 @@ def _apply_switches(fields: dict[str, Any], text: Mapping[str, Any], where: str)
     enabled = text.get("enable_moe_block")
     experts = fields.get("num_experts", 0)
     if enabled is not None and bool(enabled) != bool(experts):
-        raise ValueError(f"{where}: enable_moe_block is {enabled} but num_experts is {text.get('num_experts')}")
+        raise ValueError(
+            f"{where}: enable_moe_block is {enabled} but num_experts is {text.get('num_experts')}"
+        )
     if fields.get("ple_size") and not fields.get("vocab_size_per_layer_input"):
         fields["vocab_size_per_layer_input"] = fields["vocab_size"]
     if not fields.get("ple_size"):
@@ -297,27 +313,44 @@ def _check(c: Gemma4Config) -> None:
     """Raises ValueError naming the first field that cannot be true of a Gemma 4 decoder."""
     for field in dataclasses.fields(c):
         value = getattr(c, field.name)
-        if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        if field.type == "int" and (
+            not isinstance(value, int) or isinstance(value, bool) or value < 0
+        ):
             raise ValueError(f"{field.name} is {value!r}; expected a non-negative integer")
     for name in (*_REQUIRED, "global_head_dim"):
         if getattr(c, name) == 0:
             raise ValueError(f"{name} is 0")
     if len(c.layer_types) != c.num_layers:
-        raise ValueError(f"layer_types has {len(c.layer_types)} entries for num_hidden_layers {c.num_layers}")
+        raise ValueError(
+            f"layer_types has {len(c.layer_types)} entries for num_hidden_layers {c.num_layers}"
+        )
     if unknown := set(c.layer_types) - {SLIDING, GLOBAL}:
-        raise ValueError(f"layer_types has unknown values {sorted(unknown)}; known: {SLIDING}, {GLOBAL}")
+        raise ValueError(
+            f"layer_types has unknown values {sorted(unknown)}; known: {SLIDING}, {GLOBAL}"
+        )
     if c.num_kv_shared_layers >= c.num_layers:
-        raise ValueError(f"num_kv_shared_layers is {c.num_kv_shared_layers} of {c.num_layers} layers")
+        raise ValueError(
+            f"num_kv_shared_layers is {c.num_kv_shared_layers} of {c.num_layers} layers"
+        )
     own = set(c.layer_types[: c.first_kv_shared_layer])
     if missing := set(c.layer_types) - own:
-        raise ValueError(f"num_kv_shared_layers {c.num_kv_shared_layers} leaves no {missing.pop()} layer with K/V of its own")
+        raise ValueError(
+            f"num_kv_shared_layers {c.num_kv_shared_layers} leaves no {missing.pop()} layer with K/V of its own"
+        )
     for layer in range(c.num_layers):
         if c.num_heads % c.kv_heads_of(layer):
-            raise ValueError(f"num_attention_heads {c.num_heads} is not a multiple of the {c.kv_heads_of(layer)} KV heads of layer {layer}")
+            raise ValueError(
+                f"num_attention_heads {c.num_heads} is not a multiple of the "
+                f"{c.kv_heads_of(layer)} KV heads of layer {layer}"
+            )
     if c.head_dim % 2 or c.global_head_dim % 2:
-        raise ValueError(f"head_dim {c.head_dim} and global_head_dim {c.global_head_dim} must be even")
+        raise ValueError(
+            f"head_dim {c.head_dim} and global_head_dim {c.global_head_dim} must be even"
+        )
     if not 0.0 < c.global_rotary_factor <= 1.0:
-        raise ValueError(f"partial_rotary_factor is {c.global_rotary_factor}; expected 0 < factor <= 1")
+        raise ValueError(
+            f"partial_rotary_factor is {c.global_rotary_factor}; expected 0 < factor <= 1"
+        )
     if c.num_experts and not 0 < c.num_experts_per_token <= c.num_experts:
         raise ValueError(f"top_k_experts is {c.num_experts_per_token} of {c.num_experts} experts")
     if c.num_experts and not c.moe_intermediate_size:

@@ -1,13 +1,14 @@
 """Generation as pure, jitted functions: `prefill`, `decode_step`, and the whole `generate` loop on the device.
 
-All of them take ``model``, a `gemma_jax.model.Gemma4`, as a static keyword: it carries the config, the activation type and
-the choice of kernels. They can be called from the caller's own `jax.jit`.
+All of them take ``model``, a `gemma_jax.model.Gemma4`, as a static keyword: it carries the config, the activation
+type and the choice of kernels. They can be called from the caller's own `jax.jit`.
 """
 
 from __future__ import annotations
 
 import enum
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,8 +78,8 @@ def prefill(
 ) -> tuple[jax.Array, KVCache]:
     """Takes prompts into the cache.
 
-    The prompt goes through in chunks of at most `PREFILL_CHUNK` tokens, as many as the longest row needs, so one program serves
-    every length up to T. Only the last position of each row passes the KV-shared layers and the head.
+    The prompt goes through in chunks of at most `PREFILL_CHUNK` tokens, as many as the longest row needs, so one
+    program serves every length up to T. Only the last position of each row passes the KV-shared layers and the head.
 
     Args:
       params: the model's parameters.
@@ -101,7 +102,7 @@ def prefill(
         part = lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, axis=1)
         offsets = i * chunk + jnp.arange(chunk, dtype=jnp.int32)
         positions = jnp.where(offsets < lengths[:, None], start[:, None] + offsets, -1)
-        hidden, cache = model.apply({"params": params}, part, positions, cache, method="encode")
+        hidden, cache = _apply(model, params, part, positions, cache, method="encode")
         is_last = offsets == lengths[:, None] - 1
         picked = jnp.take_along_axis(hidden, jnp.argmax(is_last, axis=1)[:, None, None], axis=1)
         return jnp.where(jnp.any(is_last, axis=1)[:, None, None], picked, last_hidden), cache
@@ -113,7 +114,7 @@ def prefill(
         chunks = (jnp.max(lengths) + chunk - 1) // chunk
         hidden, cache = lax.fori_loop(0, chunks, one_chunk, carry)
     last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)
-    logits = model.apply({"params": params}, hidden, last, cache, method="decode")
+    logits = _apply(model, params, hidden, last, cache, method="decode")
     return logits[:, 0], cache
 
 
@@ -134,7 +135,7 @@ def decode_step(
       float32 logits ``[B, V]`` of the token after it, and the cache.
     """
     positions = jnp.where(active, cache.lengths, -1)[:, None]
-    logits, cache = model.apply({"params": params}, token[:, None], positions, cache)
+    logits, cache = _apply(model, params, token[:, None], positions, cache)
     return logits[:, 0], cache
 
 
@@ -180,9 +181,7 @@ def advance(
     return _sample_next(state.replace(cache=cache), logits, sampling, model, top_logprobs)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "max_new_tokens", "capacity", "top_logprobs")
-)
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "capacity", "top_logprobs"))
 def generate(
     params: Params,
     tokens: jax.Array,
@@ -247,6 +246,11 @@ def generate(
     return out.replace(lengths=state.generated, finish_reasons=state.reason)
 
 
+def _apply(model: Gemma4, params: Params, *args: Any, method: str | None = None) -> Any:
+    """What a method of the module returns; Flax declares a type for it that no module has."""
+    return model.apply({"params": params}, *args, method=method)
+
+
 def _sample_next(
     state: DecodeState,
     logits: jax.Array,
@@ -299,7 +303,8 @@ def _record(out: GenerateResult, state: DecodeState, step: jax.Array) -> Generat
     """Writes the tokens of one step into column `step`; rows that had finished before keep their padding."""
     active = state.generated == step + 1
 
-    def column(buffer: jax.Array, value: jax.Array) -> jax.Array:
+    def column(buffer: jax.Array | None, value: jax.Array) -> jax.Array:
+        assert buffer is not None
         old = lax.dynamic_index_in_dim(buffer, step, axis=1, keepdims=False)
         keep = active.reshape(-1, *(1,) * (value.ndim - 1))
         new = jnp.where(keep, value, old)

@@ -1,7 +1,7 @@
-"""`LanguageModel`: a checkpoint with its tokenizer, text in and text out, over the pure functions of `gemma_jax.generation`.
+"""`LanguageModel`: a checkpoint with its tokenizer, text in and text out, over the functions of `gemma_jax.generation`.
 
-What it adds to them is bucketing (prompts of any length and batches of any size share a few compiled programs), text, and
-stop strings.
+What it adds to them is bucketing (prompts of any length and batches of any size share a few compiled programs), text,
+and stop strings.
 """
 
 from __future__ import annotations
@@ -256,11 +256,12 @@ class LanguageModel:
     # --- batches ------------------------------------------------------------------------------------------------
 
     def _prompt_ids(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
+        rows: Any = prompts
         if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
-            prompts = [prompts]  # type: ignore[list-item]
+            rows = [prompts]
         ids = []
-        for row, prompt in enumerate(prompts):
-            encoded = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)  # type: ignore[arg-type]
+        for row, prompt in enumerate(rows):
+            encoded = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
             self._check_ids(encoded, f"prompt {row}")
             ids.append(encoded)
         return ids
@@ -341,9 +342,7 @@ class LanguageModel:
                 return
             if stopped:
                 state = state.replace(reason=jnp.asarray(reason))
-            state = advance(
-                self.params, state, params, model=self.model, top_logprobs=top_logprobs
-            )
+            state = advance(self.params, state, params, model=self.model, top_logprobs=top_logprobs)
 
     def _until_stop_strings(
         self,
@@ -364,7 +363,7 @@ class LanguageModel:
         steps = []
         for seen, stopped in self._steps(tokens, lengths, params, room, top_logprobs):
             steps.append(seen)
-            for row in np.flatnonzero(seen.generated == len(steps)):
+            for row in np.flatnonzero(seen.generated == len(steps)).tolist():
                 generated[row], reasons[row] = len(steps), seen.reason[row]
                 if row >= len(settings):
                     continue
@@ -372,18 +371,17 @@ class LanguageModel:
                 texts[row] += text
                 if stop:
                     reasons[row] = FinishReason.STOP
-                    stopped.append(int(row))
+                    stopped.append(row)
         for row, (stop_strings, decoder) in enumerate(zip(stops, decoders, strict=True)):
             text, stop = stop_strings.push(decoder.flush())
             texts[row] += text if stop else text + stop_strings.flush()
-        result = GenerateResult(
-            np.stack([s.token for s in steps], axis=1), generated, reasons
-        )
+        columns: dict[str, Any] = {"tokens": np.stack([s.token for s in steps], axis=1)}
         if top_logprobs is not None:
-            columns = [np.stack(c, axis=1) for c in zip(*(s.logprobs for s in steps), strict=True)]
             names = ("logprobs", "top_tokens", "top_logprobs")
-            result = result.replace(**dict(zip(names, columns, strict=True)))
-        return result, texts
+            values = zip(*(s.logprobs for s in steps), strict=True)
+            columns |= {n: np.stack(v, axis=1) for n, v in zip(names, values, strict=True)}
+        counts: dict[str, Any] = {"lengths": generated, "finish_reasons": reasons}
+        return GenerateResult(**columns, **counts), texts
 
     def _completions(
         self, result: GenerateResult, ids: list[list[int]], texts: list[str] | None
@@ -394,6 +392,8 @@ class LanguageModel:
             tokens = tuple(result.tokens[row, :count].tolist())
             logprobs = top = None
             if result.logprobs is not None:
+                assert result.top_tokens is not None
+                assert result.top_logprobs is not None
                 logprobs = tuple(result.logprobs[row, :count].tolist())
                 pairs = zip(
                     result.top_tokens[row, :count].tolist(),
@@ -414,9 +414,7 @@ class LanguageModel:
         return done
 
 
-def _one_per_row(
-    sampling: Sampling | Sequence[Sampling] | None, rows: int
-) -> Sequence[Sampling]:
+def _one_per_row(sampling: Sampling | Sequence[Sampling] | None, rows: int) -> Sequence[Sampling]:
     if sampling is None or isinstance(sampling, Sampling):
         return [sampling or Sampling()] * rows
     if len(sampling) != rows:

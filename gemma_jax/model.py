@@ -1,11 +1,12 @@
 """The Gemma 4 text decoder as a Flax module: a pure function of parameters, tokens, positions and cache.
 
-`Gemma4.__call__` runs every layer over every position. Prefill, which wants the logits of the last position only, runs
-`Gemma4.encode` over the prompt (the layers with K/V of their own) and `Gemma4.decode` over its last position (the KV-shared
-layers and the head). The matmuls go to `pallas_kernels.quantized_matmul`, attention to `pallas_kernels.attention`.
+`Gemma4.__call__` runs every layer over every position. Prefill, which wants the logits of the last position only,
+runs `Gemma4.encode` over the prompt (the layers with K/V of their own) and `Gemma4.decode` over its last position
+(the KV-shared layers and the head). The matmuls go to `pallas_kernels.quantized_matmul`, attention to
+`pallas_kernels.attention`.
 
-The residual stream, the norms and the soft-maxes are float32; `dtype` is the type of the activations that enter a matmul and
-of the KV cache.
+The residual stream, the norms and the soft-maxes are float32; `dtype` is the type of the activations that enter a
+matmul and of the KV cache.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from gemma_jax.cache import Context, KVCache, extend, init_cache, stored_context
 from gemma_jax.config import Gemma4Config
 from gemma_jax.rope import apply_rope, rope_table
-from pallas_kernels.arrays import Weight
+from pallas_kernels.arrays import QuantizedArray, Weight
 from pallas_kernels.attention import attention
 from pallas_kernels.embedding_lookup import embedding_lookup
 from pallas_kernels.expert_matmul import expert_matmul
@@ -48,7 +49,7 @@ class Gemma4(nn.Module):
         if c.ple_size:
             self.ple = PerLayerEmbedding(c, self.dtype, self.implementation)
         self.layers = [Layer(c, i, self.dtype, self.implementation) for i in range(c.num_layers)]
-        self.final_norm = _param(self, "final_norm", (c.hidden_size,), nn.initializers.ones)
+        self.final_norm = _vector(self, "final_norm", c.hidden_size)
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, cache: KVCache
@@ -68,7 +69,9 @@ class Gemma4(nn.Module):
         h, ple, rope = self._start(tokens, positions, 0, c.num_layers)
         h, cache, contexts = self._own_layers(h, ple, rope, positions, cache)
         for i in range(c.first_kv_shared_layer, c.num_layers):
-            h = self._shared_layer(i, h, ple[..., i, :] if ple is not None else None, rope, positions, contexts)
+            h = self._shared_layer(
+                i, h, ple[..., i, :] if ple is not None else None, rope, positions, contexts
+            )
         return self._head(h), cache
 
     def encode(
@@ -192,7 +195,7 @@ class PerLayerEmbedding(nn.Module):
         normal = nn.initializers.normal(0.02)
         table = _param(self, "embedding", (c.vocab_size_per_layer_input, size), normal)
         projection = _param(self, "projection", (size, c.hidden_size), normal)
-        norm = _param(self, "norm", (c.ple_size,), nn.initializers.ones)
+        norm = _vector(self, "norm", c.ple_size)
         split = (*tokens.shape, -1, c.ple_size)
         wanted = slice(first * c.ple_size, end * c.ple_size)
         # Rows of a matrix are the leading axis of every plane, so a slice of layers stays quantized.
@@ -213,10 +216,9 @@ class Layer(nn.Module):
 
     def setup(self) -> None:
         c, i = self.config, self.index
-        ones = nn.initializers.ones
         for name in ("input_norm", "post_attention_norm", "pre_ffn_norm", "post_ffn_norm"):
-            setattr(self, name, _param(self, name, (c.hidden_size,), ones))
-        self.layer_scalar = _param(self, "layer_scalar", (1,), ones)
+            setattr(self, name, _vector(self, name, c.hidden_size))
+        self.layer_scalar = _vector(self, "layer_scalar", 1)
         self.attention = Attention(c, i, self.dtype, self.implementation)
         self.ffn = FeedForward(c.hidden_size, c.ffn_size(i), self.dtype, self.implementation)
         if c.num_experts:
@@ -235,7 +237,9 @@ class Layer(nn.Module):
         """`source` is ``(kv, lengths)`` for a layer with K/V of its own, another layer's `Context` otherwise."""
         eps = self.config.rms_norm_eps
         with jax.named_scope("attention"):
-            a, kv, context = self.attention(rms_norm(h, self.input_norm, eps), rope, positions, source)
+            a, kv, context = self.attention(
+                rms_norm(h, self.input_norm, eps), rope, positions, source
+            )
             h = h + rms_norm(a, self.post_attention_norm, eps)
         with jax.named_scope("ffn"):
             m = self.ffn(rms_norm(h, self.pre_ffn_norm, eps))
@@ -268,11 +272,11 @@ class Attention(nn.Module):
         heads, kv_heads, head_dim = c.num_heads, c.kv_heads_of(i), c.head_dim_of(i)
         own, tied = not c.is_kv_shared(i), c.shares_k_and_v(i)
         projected = heads + (kv_heads * (1 if tied else 2) if own else 0)
-        normal, ones = nn.initializers.normal(0.02), nn.initializers.ones
+        normal = nn.initializers.normal(0.02)
         w_qkv = _param(self, "qkv", (projected * head_dim, c.hidden_size), normal)
         w_o = _param(self, "o", (c.hidden_size, heads * head_dim), normal)
-        q_norm = _param(self, "q_norm", (head_dim,), ones)
-        k_norm = _param(self, "k_norm", (head_dim,), ones) if own else None
+        q_norm = _vector(self, "q_norm", head_dim)
+        k_norm = _vector(self, "k_norm", head_dim) if own else None
 
         qkv = quantized_matmul(x.astype(self.dtype), w_qkv, implementation=self.implementation)
         qkv = qkv.reshape(*x.shape[:-1], projected, head_dim)
@@ -280,13 +284,15 @@ class Attention(nn.Module):
         if own:
             kv, lengths = source
             k = qkv[..., heads : heads + kv_heads, :]
-            v = k if tied else qkv[..., heads + kv_heads :, :]  # K = V: before k's own norm and RoPE
+            v = (
+                k if tied else qkv[..., heads + kv_heads :, :]
+            )  # K = V: before k's own norm and RoPE
             k = apply_rope(rms_norm(k, k_norm, c.rms_norm_eps), rope)
             new = jnp.concatenate([k, rms_norm(v, None, c.rms_norm_eps)], axis=-2)
             kv, context = extend(kv, new, positions, lengths, is_ring=not c.is_global(i))
         else:
-            context = source
-            kv = context.kv
+            assert isinstance(source, Context)
+            kv, context = source.kv, source
         window = None if c.is_global(i) else c.sliding_window
         out = attention(
             q.astype(self.dtype),
@@ -321,9 +327,9 @@ class FeedForward(nn.Module):
 class MixtureOfExperts(nn.Module):
     """The expert branch beside the dense FFN, and the sum of the two.
 
-    ``rms_norm(dense) + rms_norm(sum_e weight_e * expert_e(rms_norm(h)))`` over the top-k experts of the router, which reads
-    the residual itself: ``softmax(rms_norm(h) * scale * D**-0.5 @ router.T)``, the top-k renormalised to sum 1, times the
-    per-expert scale.
+    ``rms_norm(dense) + rms_norm(sum_e weight_e * expert_e(rms_norm(h)))`` over the top-k experts of the router, which
+    reads the residual itself: ``softmax(rms_norm(h) * scale * D**-0.5 @ router.T)``, the top-k renormalised to sum 1,
+    times the per-expert scale.
     """
 
     config: Gemma4Config
@@ -334,15 +340,15 @@ class MixtureOfExperts(nn.Module):
     def __call__(self, h: jax.Array, dense: jax.Array) -> jax.Array:
         c = self.config
         hidden, experts, width = c.hidden_size, c.num_experts, c.moe_intermediate_size
-        normal, ones = nn.initializers.normal(0.02), nn.initializers.ones
+        normal = nn.initializers.normal(0.02)
         router = _param(self, "router", (experts, hidden), normal)
-        router_scale = _param(self, "router_scale", (hidden,), ones)
-        per_expert_scale = _param(self, "per_expert_scale", (experts,), ones)
+        router_scale = _vector(self, "router_scale", hidden)
+        per_expert_scale = _vector(self, "per_expert_scale", experts)
         gate_up = _param(self, "gate_up", (experts, 2 * width, hidden), normal)
         down = _param(self, "down", (experts, hidden, width), normal)
-        pre_norm = _param(self, "pre_norm", (hidden,), ones)
-        dense_post_norm = _param(self, "dense_post_norm", (hidden,), ones)
-        post_norm = _param(self, "post_norm", (hidden,), ones)
+        pre_norm = _vector(self, "pre_norm", hidden)
+        dense_post_norm = _vector(self, "dense_post_norm", hidden)
+        post_norm = _vector(self, "post_norm", hidden)
 
         with jax.named_scope("router"):
             # float32 throughout: a router that rounds picks other experts.
@@ -365,7 +371,7 @@ class MixtureOfExperts(nn.Module):
 
 
 class PerLayerInput(nn.Module):
-    """``rms_norm(projection(gelu(gate(h)) * ple))``: the layer's own embedding of the token, gated into the residual."""
+    """``rms_norm(projection(gelu(gate(h)) * ple))``: the layer's embedding of the token, gated into the residual."""
 
     config: Gemma4Config
     dtype: Any
@@ -377,7 +383,7 @@ class PerLayerInput(nn.Module):
         normal = nn.initializers.normal(0.02)
         gate = _param(self, "gate", (c.ple_size, c.hidden_size), normal)
         projection = _param(self, "projection", (c.hidden_size, c.ple_size), normal)
-        post_norm = _param(self, "post_norm", (c.hidden_size,), nn.initializers.ones)
+        post_norm = _vector(self, "post_norm", c.hidden_size)
         g = quantized_matmul(h.astype(self.dtype), gate, implementation=self.implementation)
         g = (nn.gelu(g, approximate=True) * ple).astype(self.dtype)
         y = quantized_matmul(g, projection, implementation=self.implementation)
@@ -413,11 +419,20 @@ def _param(module: nn.Module, name: str, shape: tuple[int, ...], init: Any) -> W
     """A parameter of `module`, which may have been given as a quantized array of that logical shape."""
     if not module.has_variable("params", name):
         return module.param(name, init, shape, jnp.float32)
-    value = module.get_variable("params", name)
+    value: Weight = module.get_variable("params", name)
     if tuple(value.shape) != shape:
         path = "/".join((*module.path, name))
-        raise ValueError(f"parameter {path} has shape {tuple(value.shape)}; the config says {shape}")
+        raise ValueError(
+            f"parameter {path} has shape {tuple(value.shape)}; the config says {shape}"
+        )
     return value
+
+
+def _vector(module: nn.Module, name: str, size: int) -> jax.Array:
+    """A parameter that is never quantized: a norm or a scale, 1 where nothing was learnt."""
+    vector = _param(module, name, (size,), nn.initializers.ones)
+    assert not isinstance(vector, QuantizedArray)
+    return vector
 
 
 def _rounded(multiplier: float, dtype: str) -> jax.Array:

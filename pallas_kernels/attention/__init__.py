@@ -21,8 +21,8 @@ def attention(
 ) -> jax.Array:
     """Computes ``out[t] = sum_s softmax_s(q[t] . k[s]) v[s]`` over the slots s that query t sees.
 
-    A query at position p sees the slots whose position lies in ``[0, p]`` and, with a window, in ``(p - window, p]``: at most
-    `window` keys, itself among them. Query head h reads KV head ``h // (H / K)``. The logit scale is 1.
+    A query at position p sees the slots whose position lies in ``[0, p]`` and, with a window, in ``(p - window, p]``:
+    at most `window` keys, itself among them. Query head h reads KV head ``h // (H / K)``. The logit scale is 1.
 
     Args:
         q: ``[B, T, H, C]``.

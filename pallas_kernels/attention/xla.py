@@ -1,8 +1,8 @@
 """Attention in plain XLA: one pass for a few queries, an online softmax over blocks of keys for many.
 
-The blocked form never holds more than ``[B, H, block_q, block_k]`` scores, so its memory is O(T), and visits only blocks that
-some query of the block can see: the work of a sliding layer grows with T * window, that of a global layer with the filled
-part of the cache and not with its capacity.
+The blocked form never holds more than ``[B, H, block_q, block_k]`` scores, so its memory is O(T), and visits only
+blocks that some query of the block can see: the work of a sliding layer grows with T * window, that of a global layer
+with the filled part of the cache and not with its capacity.
 """
 
 from __future__ import annotations

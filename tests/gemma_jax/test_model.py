@@ -1,8 +1,8 @@
 """The decoder against `transformers`, and against itself cut into chunks, steps and batches.
 
-The goldens come from `tests/goldens/make_goldens.py`. Tolerance: float32 sums of a few hundred terms in another order differ by
-about 1e-6 of their size, and eight layers of random weights amplify that up to tenfold, so 1e-4 of the logit range leaves an
-order of magnitude and still shows any wrong term, which moves logits by percents of the range.
+The goldens come from `tests/goldens/make_goldens.py`. Tolerance: float32 sums of a few hundred terms in another order
+differ by about 1e-6 of their size, and eight layers of random weights amplify that up to tenfold, so 1e-4 of the
+logit range leaves an order of magnitude and still shows any wrong term, which moves logits by percents of the range.
 """
 
 from __future__ import annotations
@@ -99,9 +99,7 @@ def test_prefill_and_decode_equal_one_pass(loaded: dict, family: str) -> None:
     have, cache = prefill(params, tokens[:, :prompt], np.array([prompt]), cache, model=model)
     assert np.abs(have[0] - want[prompt - 1]).max() <= SAME * np.ptp(want)
     for position in range(prompt, tokens.shape[1]):
-        have, cache = decode_step(
-            params, tokens[:, position], np.array([True]), cache, model=model
-        )
+        have, cache = decode_step(params, tokens[:, position], np.array([True]), cache, model=model)
         assert np.abs(have[0] - want[position]).max() <= SAME * np.ptp(want), position
 
 

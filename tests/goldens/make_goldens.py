@@ -33,14 +33,16 @@ def random_goldens() -> None:
         model = Gemma4ForCausalLM(Gemma4TextConfig(**config)).eval()
         state = {k: torch.from_numpy(v) for k, v in random_checkpoint(config).items()}
         missing, unexpected = model.load_state_dict(state, strict=False)
-        assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)
+        assert set(missing) <= {"lm_head.weight"}, missing
+        assert not unexpected, unexpected
         model.tie_weights()
         model.set_attn_implementation("eager")
         tokens = np.random.default_rng(1).integers(3, config["vocab_size"], (1, LENGTH))
         with torch.no_grad():
             logits = model(torch.from_numpy(tokens)).logits[0].numpy()
             half = model.bfloat16()(torch.from_numpy(tokens)).logits[0].float().numpy()
-        bf16_error = np.sqrt(np.mean((half - logits) ** 2))  # what the reference itself loses in bf16
+        # What the reference itself loses in bf16.
+        bf16_error = np.sqrt(np.mean((half - logits) ** 2))
         np.savez_compressed(
             DATA / f"parity_{name}.npz", tokens=tokens[0], logits=logits, bf16_error=bf16_error
         )

@@ -1,7 +1,7 @@
 """Random, well-conditioned Gemma 4 checkpoints of three families, made by numpy alone.
 
-The same seed gives the same weights to `make_goldens.py` (which runs `transformers` on them) and to the tests (which run this
-package), so that the goldens need to hold tokens and logits only.
+The same seed gives the same weights to `make_goldens.py` (which runs `transformers` on them) and to the tests (which
+run this package), so that the goldens need to hold tokens and logits only.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def random_checkpoint(config: dict[str, Any], seed: int = 0) -> Tensors:
     """Tensors in the published layout (``model.layers.N.…``), float32 arrays of values that bfloat16 holds exactly.
 
-    Matrices are normal with variance 1 / fan-in, so activations stay of order one through any depth; norms and scalars are
-    spread around one, so that a forgotten one shows.
+    Matrices are normal with variance 1 / fan-in, so activations stay of order one through any depth; norms and
+    scalars are spread around one, so that a forgotten one shows.
     """
     rng = np.random.default_rng(seed)
     hidden, ple = config["hidden_size"], config["hidden_size_per_layer_input"]
@@ -128,9 +128,7 @@ def _layer(config: dict[str, Any], i: int, matrix: Any, vector: Any) -> None:
         if not tied:
             matrix(f"{layer}.self_attn.v_proj.weight", kv_heads * head_dim, hidden)
     matrix(f"{layer}.self_attn.o_proj.weight", hidden, heads * head_dim)
-    width = config["intermediate_size"] * (
-        2 if shared and config.get("use_double_wide_mlp") else 1
-    )
+    width = config["intermediate_size"] * (2 if shared and config.get("use_double_wide_mlp") else 1)
     matrix(f"{layer}.mlp.gate_proj.weight", width, hidden)
     matrix(f"{layer}.mlp.up_proj.weight", width, hidden)
     matrix(f"{layer}.mlp.down_proj.weight", hidden, width)

@@ -1,7 +1,7 @@
 """Attention: every implementation against a float64 numpy definition.
 
-Tolerance: a float32 soft-max average of values of order one is off by a few rounding errors (2**-24) per term of a sum of S
-terms, so S * 2**-22 bounds it; bfloat16 inputs and weights round at 2**-9, and 4 of those bound the average.
+Tolerance: a float32 soft-max average of values of order one is off by a few rounding errors (2**-24) per term of a
+sum of S terms, so S * 2**-22 bounds it; bfloat16 inputs and weights round at 2**-9, and 4 of those bound the average.
 """
 
 from __future__ import annotations
