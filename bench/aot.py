@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import re
 import subprocess
 import sys
@@ -50,11 +51,12 @@ class Program(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One op on abstract arguments."""
+    """One op on abstract arguments; ``weights_read`` is the number of weights that it cannot do without."""
 
     name: str
     function: Callable[..., jax.Array]
     arguments: tuple[Any, ...]
+    weights_read: int
 
 
 @functools.cache
@@ -152,14 +154,14 @@ def count_kernels(hlo: str) -> int:
     return kernels
 
 
-def abstract_weight(shape: tuple[int, ...], format: str) -> Any:  # noqa: A002 - the users' word
+def abstract_weight(shape: tuple[int, ...], format: str) -> Any:
     """Returns a weight of ``shape`` in one of ``WEIGHT_FORMATS`` as ``jax.ShapeDtypeStruct`` planes."""
     if format == "bf16":
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     return FORMATS[format].abstract(shape)
 
 
-def calls(format: str, *, small: bool = True, real: bool = True) -> Iterator[Call]:  # noqa: A002
+def calls(format: str, *, small: bool = True, real: bool = True) -> Iterator[Call]:
     """Yields every op on every named case with weights in ``format`` and bf16 activations."""
     groups = [g for g, wanted in (("SMALL", small), ("REAL", real)) if wanted]
     for group in groups:
@@ -167,48 +169,70 @@ def calls(format: str, *, small: bool = True, real: bool = True) -> Iterator[Cal
             for rows in matmul_cases.ROWS:
                 x = jax.ShapeDtypeStruct((rows, m.k), jnp.bfloat16)
                 w = abstract_weight((m.n, m.k), format)
-                yield Call(f"quantized_matmul {name} M={rows}", quantized_matmul, (x, w))
+                yield Call(f"quantized_matmul {name} M={rows}", quantized_matmul, (x, w), m.n * m.k)
         for name, t in getattr(embedding_cases, group).items():
             for rows in embedding_cases.ROWS:
                 ids = jax.ShapeDtypeStruct((rows,), jnp.int32)
                 w = abstract_weight((t.v, t.k), format)
-                yield Call(f"embedding_lookup {name} M={rows}", embedding_lookup, (w, ids))
+                label = f"embedding_lookup {name} M={rows}"
+                yield Call(label, embedding_lookup, (w, ids), rows * t.k)
         for name, c in getattr(expert_cases, group).items():
             for rows in (c.per_token * tokens for tokens in expert_cases.TOKENS):
                 x = jax.ShapeDtypeStruct((rows, c.k), jnp.bfloat16)
                 ids = jax.ShapeDtypeStruct((rows,), jnp.int32)
                 w = abstract_weight((c.e, c.n, c.k), format)
-                yield Call(f"expert_matmul {name} M={rows}", expert_matmul, (x, w, ids))
+                weights = min(rows, c.e) * c.n * c.k
+                yield Call(f"expert_matmul {name} M={rows}", expert_matmul, (x, w, ids), weights)
+
+
+def report(target: str, weight_format: str, call: Call) -> dict[str, Any]:
+    """Compiles one call and returns what there is to say about it, ready for JSON.
+
+    Raises:
+        jax.errors.JaxRuntimeError: the call does not compile.
+    """
+    program = examine(target, call.function, *call.arguments)
+    return {
+        "target": target,
+        "format": weight_format,
+        "call": call.name,
+        "weights_read": call.weights_read,
+        **{name: value for name, value in program._asdict().items() if name != "hlo"},
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prints a line per op, format and case; returns 1 if anything failed to compile."""
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__)
     parser.add_argument("--target", choices=TARGETS, help="default: all, one process each")
-    parser.add_argument("--only", default="", help="compile only calls whose name contains this")
+    parser.add_argument("--only", default="", help="regular expression that the calls must match")
+    parser.add_argument("--json", action="store_true", help="print JSON objects, sizes in bytes")
     options = parser.parse_args(argv)
+    if options.target is None:
+        command = [sys.executable, "-m", "bench.aot", "--only", options.only]
+        command += ["--json"] if options.json else []
+        runs = [subprocess.run([*command, "--target", t], check=False) for t in TARGETS]
+        return max(run.returncode for run in runs)
     # Otherwise the CUDA plugin looks for a driver and NVIDIA's libraries, and gives up without them.
     jax.config.update("jax_platforms", "cpu")
-    if options.target is None:
-        command = [sys.executable, "-m", "bench.aot", "--only", options.only, "--target"]
-        return max(subprocess.run([*command, target], check=False).returncode for target in TARGETS)
     failures = 0
     for weight_format in WEIGHT_FORMATS:
         for call in calls(weight_format):
-            if options.only not in call.name:
+            if not re.search(options.only, call.name):
                 continue
             label = f"{options.target:5} {weight_format:6} {call.name:44}"
             try:
-                p = examine(options.target, call.function, *call.arguments)
+                line = report(options.target, weight_format, call)
             except jax.errors.JaxRuntimeError as error:
                 failures += 1
-                print(f"{label} FAILED: {str(error).splitlines()[0]}", flush=True)
+                print(f"{label} FAILED: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
                 continue
-            print(
-                f"{label} {p.kernels:3} kernels, arguments {p.argument_bytes / 1e6:8.2f} MB, "
-                f"temporaries {p.temp_bytes / 1e6:8.3f} MB, compiled in {p.seconds:.1f} s",
-                flush=True,
+            megabytes = {k: v / 1e6 for k, v in line.items() if k.endswith("_bytes")}
+            text = (
+                f"{label} {line['kernels']:3} kernels, arguments {megabytes['argument_bytes']:8.2f} MB, "
+                f"temporaries {megabytes['temp_bytes']:8.3f} MB, compiled in {line['seconds']:.1f} s"
             )
+            print(json.dumps(line) if options.json else text, flush=True)
     return min(failures, 1)
 
 

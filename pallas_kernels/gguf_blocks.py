@@ -20,7 +20,7 @@ from pallas_kernels.arrays import EQ8_0, Q4K, Q6K, QuantizedArray
 BLOCKS: dict[str, tuple[int, int]] = {"q4k": (256, 144), "eq8_0": (32, 34), "q6k": (256, 210)}
 
 
-def from_blocks(blocks: np.ndarray, format: str) -> QuantizedArray:  # noqa: A002 - the users' word
+def from_blocks(blocks: np.ndarray, format: str) -> QuantizedArray:
     """Reads GGML blocks into planes.
 
     Args:

@@ -30,7 +30,7 @@ CHUNK_ELEMENTS = {"cpu": 2**16, "gpu": 2**26}
 
 def quantize(
     w: jax.Array,
-    format: str,  # noqa: A002 - the word that users know
+    format: str,
     importance: jax.Array | None = None,
 ) -> QuantizedArray:
     """Quantizes ``w`` along its last axis, minimising the weighted squared error.

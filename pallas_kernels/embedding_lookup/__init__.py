@@ -29,5 +29,6 @@ def embedding_lookup(w: Weight, ids: jax.Array, *, implementation: str | None = 
     dispatch.check_weight("embedding_lookup", w, ndim=2)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"embedding_lookup: ids has dtype {ids.dtype}: expected integers")
+    ids = jnp.clip(ids.astype(jnp.int32), 0, w.shape[0] - 1)
     module = dispatch.choose("embedding_lookup", IMPLEMENTATIONS, implementation, w, ids)
     return module.embedding_lookup(w, ids)

@@ -20,7 +20,7 @@ def expert_matmul(
     Args:
         x: floating point ``[M, K]``.
         w: ``[E, N, K]``, a quantized array or a plain floating-point one.
-        expert_ids: int32 ``[M]``; those outside 0..E-1 are clipped to it.
+        expert_ids: integers ``[M]``; those outside 0..E-1 are clipped to it.
         implementation: a name in ``IMPLEMENTATIONS``; None takes the first that can serve the call.
 
     Returns:
@@ -38,5 +38,6 @@ def expert_matmul(
             f"expert_matmul: expert_ids is {expert_ids.dtype}{list(expert_ids.shape)}: "
             f"expected int32[{x.shape[0]}], one expert per row of x"
         )
+    expert_ids = jnp.clip(expert_ids.astype(jnp.int32), 0, w.shape[0] - 1)
     module = dispatch.choose("expert_matmul", IMPLEMENTATIONS, implementation, x, w, expert_ids)
     return module.expert_matmul(x, w, expert_ids)

@@ -1,0 +1,56 @@
+"""Weights in every format, and how far two right answers may lie apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import FORMATS, Q4K, Weight, quantize
+
+WEIGHT_FORMATS = (*FORMATS, "bf16", "f32")
+
+
+@pytest.fixture
+def make_weight() -> Callable[..., Weight]:
+    """``make_weight(format, shape, seed)``: normal weights in that format."""
+
+    def make(weight_format: str, shape: tuple[int, ...], seed: int = 0) -> Weight:
+        w = jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+        if weight_format in FORMATS:
+            return quantize(w, weight_format)
+        return w.astype(jnp.bfloat16 if weight_format == "bf16" else jnp.float32)
+
+    return make
+
+
+@pytest.fixture
+def magnitudes() -> Callable[[Weight], np.ndarray]:
+    """The size of what is added up per weight: |w|, for Q4K |scale * q| + |minimum| <= |w| + 2 |minimum|."""
+
+    def of(w: Weight) -> np.ndarray:
+        if not isinstance(w, Q4K):
+            return np.abs(np.asarray(w.dequantize() if hasattr(w, "dequantize") else w, np.float32))
+        minimum = np.repeat(np.asarray(w.block_scales()[1]), 32, axis=-1)
+        return np.abs(np.asarray(w.dequantize())) + 2 * minimum
+
+    return of
+
+
+@pytest.fixture
+def sum_tolerance() -> Callable[[int], float]:
+    """Relative to ``sum |x w|``, how far two float32 sums of K products may differ by order alone.
+
+    Each of K roundings is at most 2**-24 of a partial sum; if they are independent, the total is below
+    8 sqrt(K) 2**-24 with a probability of 1 - 2 exp(-32) (Higham and Mary, SIAM J. Sci. Comput. 41, 2019). Twice,
+    because there are two sums. One weight's code off by one would move the result by more.
+    """
+    return lambda k: 2 * 8 * np.sqrt(k) * 2.0**-24
+
+
+@pytest.fixture
+def bf16_rounding() -> float:
+    """Relative to ``sum |x w|``, what rounding the weights to bfloat16 may cost: half a unit of 8 bits."""
+    return float(jnp.finfo(jnp.bfloat16).eps) / 2

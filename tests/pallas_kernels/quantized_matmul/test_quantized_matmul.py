@@ -1,0 +1,79 @@
+"""Every implementation of ``quantized_matmul`` against a float64 product of the values it stands for."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import FORMATS, quantized_matmul
+from pallas_kernels.quantized_matmul import IMPLEMENTATIONS
+from pallas_kernels.quantized_matmul.cases import SMALL
+
+WEIGHT_FORMATS = (*FORMATS, "bf16", "f32")
+X_DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
+
+
+def _values(w) -> np.ndarray:
+    return np.asarray(w.dequantize() if hasattr(w, "dequantize") else w, np.float64)
+
+
+@pytest.mark.parametrize("case", SMALL)
+@pytest.mark.parametrize("x_dtype", X_DTYPES)
+@pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, None])
+def test_equals_the_product_of_the_values(
+    implementation,
+    weight_format,
+    x_dtype,
+    case,
+    make_weight,
+    magnitudes,
+    sum_tolerance,
+    bf16_rounding,
+) -> None:
+    n, k = SMALL[case]
+    w = make_weight(weight_format, (n, k))
+    rng = np.random.default_rng(5)
+    run = jax.jit(lambda x, w: quantized_matmul(x, w, implementation=implementation))
+    for shape in ((k,), (1, k), (2, 3, k), (20, k)):
+        x = jnp.asarray(rng.standard_normal(shape), X_DTYPES[x_dtype])
+        got = run(x, w)
+        assert got.dtype == jnp.float32
+        assert got.shape == (*shape[:-1], n)
+        x64 = np.asarray(x, np.float64)
+        scale = np.abs(x64) @ magnitudes(w).T
+        # Beyond eight rows the weights are dequantized to the type of x.
+        rounded = weight_format in FORMATS and x_dtype == "bf16" and implementation != "reference"
+        tolerance = sum_tolerance(k) + (bf16_rounding if rounded and shape[0] == 20 else 0)
+        assert np.all(np.abs(got - x64 @ _values(w).T) <= tolerance * scale)
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_works_under_vmap_and_grad(weight_format: str, make_weight) -> None:
+    w = make_weight(weight_format, (4, 6, 64))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 2, 64)), jnp.float32)
+    stacked = jax.vmap(quantized_matmul)(x, w)
+    for i in range(4):
+        np.testing.assert_allclose(stacked[i], quantized_matmul(x[i], w[i]), rtol=0, atol=1e-4)
+    slope = jax.grad(lambda x: jnp.sum(quantized_matmul(x, w[0])))(x[0])
+    np.testing.assert_allclose(slope[1], w[0].dequantize().sum(0), rtol=0, atol=1e-4)
+
+
+def test_no_rows_are_no_work(make_weight) -> None:
+    assert quantized_matmul(jnp.zeros((0, 64)), make_weight("q4k", (6, 64))).shape == (0, 6)
+
+
+def test_errors_name_the_argument(make_weight) -> None:
+    w = make_weight("q4k", (6, 64))
+    with pytest.raises(ValueError, match=r"x \(2, 32\) and w \(6, 64\) differ"):
+        quantized_matmul(jnp.zeros((2, 32)), w)
+    with pytest.raises(ValueError, match="x has dtype int32"):
+        quantized_matmul(jnp.zeros((2, 64), jnp.int32), w)
+    with pytest.raises(ValueError, match=r"w has shape .* expected 2 axes"):
+        quantized_matmul(jnp.zeros((2, 64)), make_weight("q4k", (2, 6, 64)))
+    with pytest.raises(ValueError, match="w has dtype int8"):
+        quantized_matmul(jnp.zeros((2, 64)), jnp.zeros((6, 64), jnp.int8))
+    with pytest.raises(ValueError, match="one of xla, reference"):
+        quantized_matmul(jnp.zeros((2, 64)), w, implementation="cutlass")

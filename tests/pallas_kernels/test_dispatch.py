@@ -1,0 +1,34 @@
+"""One resolution for all ops: the first without an objection, a named one or its reason, never a silent fallback."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from pallas_kernels.dispatch import choose
+
+WILLING = SimpleNamespace(why_not=lambda x: None)
+PICKY = SimpleNamespace(why_not=lambda x: None if x > 3 else f"x = {x} is too small")
+TABLE = {"picky": PICKY, "willing": WILLING}
+
+
+def test_the_first_without_an_objection_is_taken() -> None:
+    assert choose("op", TABLE, None, 5) is PICKY
+    assert choose("op", TABLE, None, 1) is WILLING
+
+
+def test_a_named_one_serves_or_raises_its_reason() -> None:
+    assert choose("op", TABLE, "willing", 5) is WILLING
+    with pytest.raises(ValueError, match="op: implementation 'picky' cannot serve this: x = 1"):
+        choose("op", TABLE, "picky", 1)
+
+
+def test_an_unknown_name_is_answered_with_those_there_are() -> None:
+    with pytest.raises(ValueError, match="'cuda': expected None or one of picky, willing"):
+        choose("op", TABLE, "cuda", 5)
+
+
+def test_when_all_object_all_reasons_are_given() -> None:
+    with pytest.raises(ValueError, match="picky: x = 1 is too small"):
+        choose("op", {"picky": PICKY}, None, 1)
