@@ -9,12 +9,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := .demo
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-PROMPT := The old captain looked at the sea and
-SAMPLING := --temperature 0.7 --top-p 0.95 --seed 4 --max-new-tokens 120
+PROMPT := The people of the United States
+SAMPLING := --temperature 0.7 --top-p 0.95 --seed 1 --max-new-tokens 120
 
 # Candidates are run and not only looked up: a shim that pyenv made exists for versions that are not selected.
 PYTHON ?= $(shell for python in python3.12 python3.13 python3.14 python3 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python3; do \
 	"$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo "$$python" && break; done)
+
+# Nothing here needs a GPU. After `make test`, JAX's compiler for GPUs is in the environment and would look for one.
+JAX_PLATFORMS ?= cpu
+export JAX_PLATFORMS
 
 .PHONY: help demo test lint clean
 .DELETE_ON_ERROR:
@@ -64,4 +68,4 @@ $(VENV)/installed: pyproject.toml | $(BIN)/python
 $(VENV)/installed-%: pyproject.toml | $(BIN)/python
 	@echo "== installing gemma-jax with what '$*' needs (some minutes the first time)"
 	@$(PIP) install --editable '.[$*]'
-	@touch $@ $(VENV)/installed
+	@touch $@ $(VENV)/installed $(if $(filter dev,$*),$(VENV)/installed-test)
