@@ -117,6 +117,8 @@ def examine(target: str, function: Callable[..., Any], *arguments: Any) -> Progr
     compiled = compile_for(target, function, *arguments)
     seconds = time.perf_counter() - start
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert hlo is not None
     return Program(
         kernels=count_kernels(hlo),
         argument_bytes=memory.argument_size_in_bytes,

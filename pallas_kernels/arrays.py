@@ -8,6 +8,7 @@ can be indexed, scanned and vmapped, because shapes are derived from the planes 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import flax.struct
@@ -119,7 +120,7 @@ class _BlockArray:
         raise NotImplementedError
 
 
-def _spec(leading: tuple[int, ...], entries: int, dtype: Any) -> Any:
+def _spec(leading: Sequence[int], entries: int, dtype: Any) -> Any:
     return jax.ShapeDtypeStruct((*leading, entries), dtype)
 
 
@@ -310,4 +311,4 @@ def _scaled(integers: jax.Array, d: jax.Array) -> jax.Array:
 
 QuantizedArray = Q4K | EQ8_0 | Q6K
 Weight = QuantizedArray | jax.Array
-FORMATS: dict[str, type[Q4K] | type[EQ8_0] | type[Q6K]] = {"q4k": Q4K, "eq8_0": EQ8_0, "q6k": Q6K}
+FORMATS: dict[str, type[Q4K | EQ8_0 | Q6K]] = {"q4k": Q4K, "eq8_0": EQ8_0, "q6k": Q6K}

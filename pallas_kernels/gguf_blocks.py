@@ -9,6 +9,7 @@ All work is done in numpy on the host.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -158,5 +159,9 @@ def _write_q6k(array: Q6K) -> np.ndarray:
     return np.concatenate([ql, qh.reshape(*leading, 64), scales, d], axis=-1)
 
 
-_READERS = {"q4k": _read_q4k, "eq8_0": _read_q8_0, "q6k": _read_q6k}
+_READERS: dict[str, Callable[[np.ndarray], QuantizedArray]] = {
+    "q4k": _read_q4k,
+    "eq8_0": _read_q8_0,
+    "q6k": _read_q6k,
+}
 _WRITERS: dict[type, Any] = {Q4K: _write_q4k, EQ8_0: _write_q8_0, Q6K: _write_q6k}

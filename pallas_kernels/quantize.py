@@ -14,6 +14,7 @@ vector unit, or of a warp, then work on different rows, and no sum runs along th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -208,10 +209,10 @@ def _quantize_q6k(x: jax.Array, v: jax.Array | None) -> Q6K:
     def total(state: tuple[jax.Array, jax.Array]) -> jax.Array:
         return jnp.sum(error(state[0] * state[1]), 0)
 
-    def descend(best: Any, _: None) -> tuple[Any, None]:
+    def descend(best: tuple[Any, Any], _: None) -> tuple[Any, None]:
         d, sc = best[1]
 
-        def neighbour(block: Any, step: jax.Array) -> tuple[Any, None]:
+        def neighbour(block: tuple[Any, Any], step: jax.Array) -> tuple[Any, None]:
             tried = jnp.clip(sc + step, -128, 127)
             return _keep_better(error(d * tried), tried, *block), None
 
@@ -224,8 +225,8 @@ def _quantize_q6k(x: jax.Array, v: jax.Array | None) -> Q6K:
 
     first = largest / -32
     divisors = jnp.asarray(_Q6_DIVISORS, jnp.float32)
-    (_, searched), _ = jax.lax.scan(attempt, (error(first), first), divisors)
-    plain, searched = stored(first), stored(searched)
+    (_, scale), _ = jax.lax.scan(attempt, (error(first), first), divisors)
+    plain, searched = stored(first), stored(scale)
     best = _keep_better(total(searched), searched, total(plain), plain)
     (_, (d, sc)), _ = jax.lax.scan(descend, best, None, length=2)
     return Q6K.from_fields(_rows(codes(d * sc)) + 32, _rows(sc), _rows(d))
@@ -252,7 +253,7 @@ def _quantize_q4k(x: jax.Array, v: jax.Array | None) -> Q4K:
     spread = jnp.maximum(jnp.max(x, 0), 0.0) - low
     first = (spread / 15, -low)
 
-    def attempt(best: Any, levels: jax.Array) -> tuple[Any, None]:
+    def attempt(best: tuple[Any, Any], levels: jax.Array) -> tuple[Any, None]:
         fit = _affine_fit(x, v, codes(spread / levels, -low))
         return _keep_better(error(*fit), fit, *best), None
 
@@ -266,10 +267,10 @@ def _quantize_q4k(x: jax.Array, v: jax.Array | None) -> Q4K:
         d, dmin, sc, m = state
         return jnp.sum(error(d * sc, dmin * m), 0)
 
-    def descend(best: Any, _: None) -> tuple[Any, None]:
+    def descend(best: tuple[Any, Any], _: None) -> tuple[Any, None]:
         d, dmin, sc, m = best[1]
 
-        def neighbour(block: Any, step: jax.Array) -> tuple[Any, None]:
+        def neighbour(block: tuple[Any, Any], step: jax.Array) -> tuple[Any, None]:
             tried = (jnp.clip(sc + step[0], 0, 63), jnp.clip(m + step[1], 0, 63))
             return _keep_better(error(d * tried[0], dmin * tried[1]), tried, *block), None
 
@@ -280,8 +281,8 @@ def _quantize_q4k(x: jax.Array, v: jax.Array | None) -> Q4K:
         return _keep_better(total((d, dmin, sc, m)), (d, dmin, sc, m), *best), None
 
     levels = jnp.asarray(_Q4_LEVELS, jnp.float32)
-    (_, searched), _ = jax.lax.scan(attempt, (error(*first), first), levels)
-    plain, searched = stored(*first), stored(*searched)
+    fit = jax.lax.scan(attempt, (error(*first), first), levels)[0][1]
+    plain, searched = stored(*first), stored(*fit)
     best = _keep_better(total(searched), searched, total(plain), plain)
     (_, (d, dmin, sc, m)), _ = jax.lax.scan(descend, best, None, length=2)
     q = codes(d * sc, dmin * m)
@@ -318,4 +319,8 @@ def _refit_d_dmin(
     return _f16(jnp.maximum(d, 0.0)), _f16(jnp.maximum(dmin, 0.0))
 
 
-_QUANTIZERS = {"q4k": _quantize_q4k, "eq8_0": _quantize_eq8_0, "q6k": _quantize_q6k}
+_QUANTIZERS: dict[str, Callable[..., QuantizedArray]] = {
+    "q4k": _quantize_q4k,
+    "eq8_0": _quantize_eq8_0,
+    "q6k": _quantize_q6k,
+}
