@@ -26,7 +26,7 @@ PROMPT, NEW = 256, 128
 
 
 def measure(lm: gemma_jax.LanguageModel, samples: int) -> dict[str, list[float]]:
-    """Seconds of prefilling `PROMPT` tokens, and of generating `NEW` tokens after them, batch 1, greedy, EOS ignored."""
+    """Seconds of prefilling `PROMPT` tokens and of generating `NEW` more, batch 1, greedy, EOS ignored."""
     tokens = jax.random.randint(jax.random.key(0), (1, PROMPT), 300, lm.config.vocab_size)
     lengths = jnp.array([PROMPT])
     greedy = gemma_jax.stack_sampling(
@@ -67,7 +67,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=5, help="measured runs of every case")
     options = parser.parse_args()
     results = []
-    print(f"{'model':12} {'format':7} {'bits/weight':>11} {'prefill tok/s':>14} {'decode tok/s':>13}")
+    print(
+        f"{'model':12} {'format':7} {'bits/weight':>11} {'prefill tok/s':>14} {'decode tok/s':>13}"
+    )
     for model in BUNDLED:
         for format in FORMATS:
             lm = gemma_jax.load(model, format=format)

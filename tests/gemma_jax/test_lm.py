@@ -59,8 +59,8 @@ def bits_lost(logits: jax.Array, reference: jax.Array, targets: np.ndarray) -> t
 def test_quantization_costs_little_on_held_out_text(data: Path, name: str) -> None:
     """Held-out perplexity, KL divergence and top-1 agreement of eQ8_0 and Q4K against bfloat16.
 
-    eQ8_0 has 16 times the levels of Q4K, so its KL divergence, which is quadratic in the error, must be far smaller; the bounds
-    are about three times what was measured when the models were trained, so a worse quantizer fails.
+    eQ8_0 has 16 times the levels of Q4K, so its KL divergence, which is quadratic in the error, must be far smaller;
+    the bounds are about three times what was measured when the models were trained, so a worse quantizer fails.
     """
     lm = loaded(name)
     text = (data / "held_out.txt").read_text(encoding="utf-8")
