@@ -274,7 +274,7 @@ def _quantize_q4k(x: jax.Array, v: jax.Array | None) -> Q4K:
             tried = (jnp.clip(sc + step[0], 0, 63), jnp.clip(m + step[1], 0, 63))
             return _keep_better(error(d * tried[0], dmin * tried[1]), tried, *block), None
 
-        start = (error(d * sc, dmin * m), (sc, m))
+        start: tuple[Any, Any] = (error(d * sc, dmin * m), (sc, m))
         (_, (sc, m)), _ = jax.lax.scan(neighbour, start, jnp.array(_Q4_STEPS))
         best = _keep_better(total((d, dmin, sc, m)), (d, dmin, sc, m), *best)
         d, dmin = _refit_d_dmin(x, v, sc * codes(d * sc, dmin * m), m)
