@@ -275,7 +275,7 @@ def _quantize_q4k(x: jax.Array, v: jax.Array | None) -> Q4K:
             return _keep_better(error(d * tried[0], dmin * tried[1]), tried, *block), None
 
         start: tuple[Any, Any] = (error(d * sc, dmin * m), (sc, m))
-        (_, (sc, m)), _ = jax.lax.scan(neighbour, start, jnp.array(_Q4_STEPS))
+        sc, m = jax.lax.scan(neighbour, start, jnp.array(_Q4_STEPS))[0][1]
         best = _keep_better(total((d, dmin, sc, m)), (d, dmin, sc, m), *best)
         d, dmin = _refit_d_dmin(x, v, sc * codes(d * sc, dmin * m), m)
         return _keep_better(total((d, dmin, sc, m)), (d, dmin, sc, m), *best), None
