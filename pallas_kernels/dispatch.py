@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.arrays import EQ8_0, Q4K, Q6K, QuantizedArray, Weight
+from pallas_kernels.arrays import QuantizedArray, Weight
 
 
 def choose(
@@ -47,11 +47,6 @@ def choose(
             return module
         reasons.append(f"{name}: {reason}")
     raise ValueError(f"{op}: no implementation serves this call ({'; '.join(reasons)})")
-
-
-def is_quantized(w: Weight) -> bool:
-    """Whether ``w`` is one of the formats of ``pallas_kernels.arrays``."""
-    return isinstance(w, Q4K | EQ8_0 | Q6K)
 
 
 def check_weight(op: str, w: Weight, ndim: int) -> None:

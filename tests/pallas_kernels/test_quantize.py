@@ -144,7 +144,7 @@ def test_columns_of_no_importance_do_no_harm(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_row_is_quantized_alike_alone_in_a_stack_and_in_chunks(name: str, monkeypatch) -> None:
+def test_a_row_is_quantized_alike_alone_in_a_stack_and_in_chunks(name: str) -> None:
     w = jnp.asarray(_weights("student_t3", k=96, rows=30))
     whole = quantize(w, name)
     stacked = quantize(w.reshape(2, 3, 5, 96), name)
