@@ -11,7 +11,7 @@ matmul and of the KV cache.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -28,6 +28,32 @@ from pallas_kernels.quantized_matmul import quantized_matmul
 
 Params = dict[str, Any]
 RopeTables = dict[bool, tuple[jax.Array, jax.Array]]
+
+
+class NormedInput(NamedTuple):
+    """``rms_norm(h, weight)`` on its way into a matrix product, the division left for after it.
+
+    ``rms_norm(h, weight) @ w.T = ((h * weight) @ w.T) * scale`` with ``scale = 1 / sqrt(mean(h**2) + eps)``. The
+    product can then start before the mean over the row is known, which saves a kernel for each norm of a decode step.
+
+    Attributes:
+      x: ``h * weight``, float32 ``[B, T, D]``.
+      scale: float32 ``[B, T, 1]``.
+    """
+
+    x: jax.Array
+    scale: jax.Array
+
+    @classmethod
+    def of(cls, h: jax.Array, weight: jax.Array, eps: float) -> NormedInput:
+        """The RMS norm of ``h`` ``[B, T, D]`` with a scale of its own for each of the D elements."""
+        h = h.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + eps)
+        return cls(h * weight.astype(jnp.float32), scale)
+
+    def times(self, w: Weight, dtype: Any, implementation: str | None) -> jax.Array:
+        """float32 ``[B, T, N]``: the norm times ``w`` ``[N, D]`` transposed, with activations of `dtype`."""
+        return quantized_matmul(self.x.astype(dtype), w, implementation=implementation) * self.scale
 
 
 class Gemma4(nn.Module):
@@ -155,8 +181,8 @@ class Gemma4(nn.Module):
     def _head(self, h: jax.Array) -> jax.Array:
         c = self.config
         with jax.named_scope("head"):
-            h = rms_norm(h, self.final_norm, c.rms_norm_eps).astype(self.dtype)
-            logits = quantized_matmul(h, self.embed.weight, implementation=self.implementation)
+            normed = NormedInput.of(h, self.final_norm, c.rms_norm_eps)
+            logits = normed.times(self.embed.weight, self.dtype, self.implementation)
             if c.final_logit_softcap is None:
                 return logits
             return c.final_logit_softcap * jnp.tanh(logits / c.final_logit_softcap)
@@ -238,11 +264,11 @@ class Layer(nn.Module):
         eps = self.config.rms_norm_eps
         with jax.named_scope("attention"):
             a, kv, context = self.attention(
-                rms_norm(h, self.input_norm, eps), rope, positions, source
+                NormedInput.of(h, self.input_norm, eps), rope, positions, source
             )
             h = h + rms_norm(a, self.post_attention_norm, eps)
         with jax.named_scope("ffn"):
-            m = self.ffn(rms_norm(h, self.pre_ffn_norm, eps))
+            m = self.ffn(NormedInput.of(h, self.pre_ffn_norm, eps))
             if self.config.num_experts:
                 m = self.moe(h, m)
             h = h + rms_norm(m, self.post_ffn_norm, eps)
@@ -263,7 +289,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
+        x: NormedInput,
         rope: tuple[jax.Array, jax.Array],
         positions: jax.Array,
         source: tuple[jax.Array, jax.Array] | Context,
@@ -276,19 +302,19 @@ class Attention(nn.Module):
         w_qkv = _param(self, "qkv", (projected * head_dim, c.hidden_size), normal)
         w_o = _param(self, "o", (c.hidden_size, heads * head_dim), normal)
         q_norm = _vector(self, "q_norm", head_dim)
-        k_norm = _vector(self, "k_norm", head_dim) if own else None
 
-        qkv = quantized_matmul(x.astype(self.dtype), w_qkv, implementation=self.implementation)
-        qkv = qkv.reshape(*x.shape[:-1], projected, head_dim)
-        q = apply_rope(rms_norm(qkv[..., :heads, :], q_norm, c.rms_norm_eps), rope)
+        qkv = x.times(w_qkv, self.dtype, self.implementation)
+        shape = (*qkv.shape[:-1], projected, head_dim)
+        # One norm for all heads: q and k have a scale on top of it, v has none, and K = V shares the product.
+        qkv = rms_norm(qkv.reshape(shape), None, c.rms_norm_eps)
+        q = apply_rope(qkv[..., :heads, :] * q_norm.astype(jnp.float32), rope)
         if own:
+            k_norm = _vector(self, "k_norm", head_dim)
             kv, lengths = source
             k = qkv[..., heads : heads + kv_heads, :]
-            v = (
-                k if tied else qkv[..., heads + kv_heads :, :]
-            )  # K = V: before k's own norm and RoPE
-            k = apply_rope(rms_norm(k, k_norm, c.rms_norm_eps), rope)
-            new = jnp.concatenate([k, rms_norm(v, None, c.rms_norm_eps)], axis=-2)
+            v = k if tied else qkv[..., heads + kv_heads :, :]
+            k = apply_rope(k * k_norm.astype(jnp.float32), rope)
+            new = jnp.concatenate([k, v], axis=-2)
             kv, context = extend(kv, new, positions, lengths, is_ring=not c.is_global(i))
         else:
             assert isinstance(source, Context)
@@ -302,7 +328,7 @@ class Attention(nn.Module):
             window=window,
             implementation=self.implementation,
         )
-        out = out.reshape(*x.shape[:-1], heads * head_dim)
+        out = out.reshape(*out.shape[:2], heads * head_dim)
         return quantized_matmul(out, w_o, implementation=self.implementation), kv, context
 
 
@@ -315,11 +341,11 @@ class FeedForward(nn.Module):
     implementation: str | None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: NormedInput) -> jax.Array:
         normal = nn.initializers.normal(0.02)
         gate_up = _param(self, "gate_up", (2 * self.width, self.hidden_size), normal)
         down = _param(self, "down", (self.hidden_size, self.width), normal)
-        y = quantized_matmul(x.astype(self.dtype), gate_up, implementation=self.implementation)
+        y = x.times(gate_up, self.dtype, self.implementation)
         y = gated_gelu(y).astype(self.dtype)
         return quantized_matmul(y, down, implementation=self.implementation)
 

@@ -1,4 +1,4 @@
-"""Attention in plain XLA: one pass for a few queries, an online softmax over blocks of keys for many.
+"""Attention in plain XLA: all keys at once for a few queries, an online softmax over blocks of keys for many.
 
 The blocked form never holds more than ``[B, H, block_q, block_k]`` scores, so its memory is O(T), and visits only
 blocks that some query of the block can see: the work of a sliding layer grows with T * window, that of a global layer
@@ -6,6 +6,8 @@ with the filled part of the cache and not with its capacity.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +32,7 @@ def attention(
 ) -> jax.Array:
     """See `pallas_kernels.attention.attention`."""
     if q.shape[1] <= _DIRECT_QUERIES and kv.shape[1] <= _DIRECT_SLOTS:
-        seen = visible(q_positions, kv_positions, window)
-        state = _accumulate(_empty(q), _grouped(q, kv), kv, seen)
-        return _finish(state, q)
+        return _direct(q, kv, visible(q_positions, kv_positions, window))
     return _blocked(q, kv, q_positions, kv_positions, window)
 
 
@@ -48,6 +48,25 @@ def _grouped(q: jax.Array, kv: jax.Array) -> jax.Array:
     batch, queries, heads, head_dim = q.shape
     kv_heads = kv.shape[2] // 2
     return q.astype(kv.dtype).reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
+
+
+def _direct(q: jax.Array, kv: jax.Array, seen: jax.Array) -> jax.Array:
+    """All keys at once: a product, a soft-max and a product, three kernels on a GPU for one row."""
+    grouped = _grouped(q, kv)
+    if q.shape[0] == q.shape[1] == 1:
+        # Without the axes of length one XLA slices keys and values inside the products instead of copying them.
+        grouped, kv, mask = grouped[0, 0], kv[0], seen[0]
+        to_scores, to_values = "KGC,SKC->KGS", "KGS,SKC->KGC"
+    else:
+        to_scores, to_values, mask = "BTKGC,BSKC->BKGTS", "BKGTS,BSKC->BTKGC", seen[:, None, None]
+    k, v = jnp.split(kv, 2, axis=-2)
+    precision = lax.Precision.HIGHEST if kv.dtype == jnp.float32 else None
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision)
+    scores = jnp.where(mask, einsum(to_scores, grouped, k), _NO_SCORE)
+    weights = jax.nn.softmax(scores, axis=-1)
+    # A query that sees nothing has equal weights everywhere, and gets zero.
+    weights = jnp.where(jnp.any(mask, axis=-1, keepdims=True), weights, 0.0)
+    return einsum(to_values, weights.astype(kv.dtype), v).reshape(q.shape).astype(q.dtype)
 
 
 def _empty(q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
