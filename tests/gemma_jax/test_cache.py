@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
+from bench.published import published
 from gemma_jax.cache import cache_bytes, extend, init_cache, slot_positions
 from gemma_jax.config import Gemma4Config
 from gemma_jax.generation import decode_step, prefill
@@ -29,8 +30,8 @@ def int32(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 @pytest.fixture(scope="module")
-def e2b(data: Path) -> Gemma4Config:
-    return Gemma4Config.from_hf(data / "configs" / "gemma4_e2b.json")
+def e2b() -> Gemma4Config:
+    return published("e2b")
 
 
 def test_sliding_layers_hold_the_window_and_shared_layers_nothing(e2b: Gemma4Config) -> None:

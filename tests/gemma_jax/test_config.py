@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
+from bench.published import CONFIGS, PUBLISHED
 from gemma_jax.config import GLOBAL, SLIDING, Gemma4Config
 
-PUBLISHED = ["e2b", "e4b", "12b", "26b_a4b", "31b"]
 
-
-def published(data: Path, name: str) -> dict[str, Any]:
-    return json.loads((data / "configs" / f"gemma4_{name}.json").read_text())
+def published(name: str) -> dict[str, Any]:
+    return json.loads((CONFIGS / f"gemma4_{name}.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -28,7 +27,6 @@ def published(data: Path, name: str) -> dict[str, Any]:
     ],
 )
 def test_published_configs_have_the_published_sizes(
-    data: Path,
     name: str,
     layers: int,
     globals_: int,
@@ -37,7 +35,7 @@ def test_published_configs_have_the_published_sizes(
     global_kv_heads: int,
     own_layers: int,
 ) -> None:
-    config = Gemma4Config.from_hf(published(data, name))
+    config = Gemma4Config.from_hf(published(name))
     assert config.num_layers == layers
     assert config.layer_types.count(GLOBAL) == globals_
     assert config.hidden_size == hidden
@@ -48,21 +46,21 @@ def test_published_configs_have_the_published_sizes(
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_written_config_reads_back_equal(data: Path, name: str) -> None:
-    config = Gemma4Config.from_hf(published(data, name))
+def test_a_written_config_reads_back_equal(name: str) -> None:
+    config = Gemma4Config.from_hf(published(name))
     assert Gemma4Config.from_hf(config.to_hf()) == config
 
 
-def test_old_and_new_names_of_the_expert_width_mean_the_same(data: Path) -> None:
-    old = published(data, "26b_a4b")
+def test_old_and_new_names_of_the_expert_width_mean_the_same() -> None:
+    old = published("26b_a4b")
     new = json.loads(json.dumps(old))
     new["text_config"]["moe_intermediate_size"] = new["text_config"].pop("expert_intermediate_size")
     assert Gemma4Config.from_hf(old) == Gemma4Config.from_hf(new)
     assert Gemma4Config.from_hf(new).moe_intermediate_size == 704
 
 
-def test_global_sizes_may_come_as_per_layer_config(data: Path) -> None:
-    old = published(data, "31b")["text_config"]
+def test_global_sizes_may_come_as_per_layer_config() -> None:
+    old = published("31b")["text_config"]
     new = dict(old)
     head_dim, kv_heads = new.pop("global_head_dim"), new.pop("num_global_key_value_heads")
     new["per_layer_config"] = {
@@ -73,8 +71,8 @@ def test_global_sizes_may_come_as_per_layer_config(data: Path) -> None:
     assert Gemma4Config.from_hf(new) == Gemma4Config.from_hf(old)
 
 
-def test_kv_shared_layers_read_the_last_own_layer_of_their_type(data: Path) -> None:
-    config = Gemma4Config.from_hf(published(data, "e2b"))
+def test_kv_shared_layers_read_the_last_own_layer_of_their_type() -> None:
+    config = Gemma4Config.from_hf(published("e2b"))
     assert {config.kv_source(i) for i in range(15, 35)} == {13, 14}
     assert config.kv_source(15) == 13
     assert config.kv_source(19) == 14
@@ -103,8 +101,8 @@ def test_kv_shared_layers_read_the_last_own_layer_of_their_type(data: Path) -> N
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "yarn"),
     ],
 )
-def test_a_wrong_value_is_named(data: Path, changes: dict[str, Any], named: str) -> None:
-    text = {**published(data, "e4b")["text_config"], **changes}
+def test_a_wrong_value_is_named(changes: dict[str, Any], named: str) -> None:
+    text = {**published("e4b")["text_config"], **changes}
     with pytest.raises(ValueError, match=named):
         Gemma4Config.from_hf(text)
 
@@ -114,8 +112,8 @@ def test_another_model_is_refused() -> None:
         Gemma4Config.from_hf({"model_type": "llama"})
 
 
-def test_an_unknown_key_is_mentioned(data: Path) -> None:
-    text = {**published(data, "e4b")["text_config"], "flux_capacitor": 1}
+def test_an_unknown_key_is_mentioned() -> None:
+    text = {**published("e4b")["text_config"], "flux_capacitor": 1}
     with pytest.warns(UserWarning, match="flux_capacitor"):
         Gemma4Config.from_hf(text)
 

@@ -1,0 +1,68 @@
+"""The decode step as XLA compiles it for an H200 that is not there: held to what was reached."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bench.published import PUBLISHED, published
+from bench.static import DEPTH, abstract_params, decode_bytes_min, prefill_flops_min
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("model", "weight_format", "most_kernels_per_layer"),
+    [("e4b", "eq8_0", 25), ("e4b", "q4k", 27)],
+)
+def test_decode_copies_no_cache_and_materialises_no_weight(
+    tmp_path: Path, model: str, weight_format: str, most_kernels_per_layer: int
+) -> None:
+    """Eight layers of E4B, two of them KV-shared; the head and the loop are in the count of kernels."""
+    pytest.importorskip("jax_plugins.xla_cuda13")
+    file = tmp_path / "static.json"
+    command = [sys.executable, "-m", "bench.static", "--target", "h200", "--layers", "8"]
+    command += ["--model", model, "--format", weight_format, "--no-prefill", "--json", str(file)]
+    subprocess.run(command, check=True)
+    [entry] = json.loads(file.read_text())["decode"]
+    assert entry["cache_copies"] == 0
+    assert entry["kernels_per_layer"] <= most_kernels_per_layer
+    assert 1 <= entry["bytes_per_token"] / entry["bytes_min"] <= 1.15
+    # The smallest matrix of a layer that is worth naming, o, would take 10 MB in bfloat16.
+    assert entry["temp_bytes"] < 7e6
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_the_least_traffic_of_bfloat16_is_two_bytes_a_weight_read(model: str) -> None:
+    config = published(model)
+    params: Any = abstract_params(config, "bf16")
+    weights = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        assert leaf.dtype == jnp.bfloat16
+        names = [key.key for key in path]
+        if names == ["ple", "embedding"]:
+            continue
+        share = config.num_experts_per_token / config.num_experts if leaf.ndim == 3 else 1
+        weights += int(leaf.size * share)
+    cache = sum(
+        2 * 2 * config.kv_heads_of(i) * config.head_dim_of(i) * DEPTH
+        for i in range(config.num_layers)
+    )
+    assert decode_bytes_min(config, params, 1) == 2 * weights + cache
+    # Parameters read per decoded token as published: 2.28, 4.64, 11.9, 3.82 and 30.7 billion.
+    expected = {"e2b": 2.28e9, "e4b": 4.64e9, "12b": 11.9e9, "26b_a4b": 3.82e9, "31b": 30.7e9}
+    assert abs(weights / expected[model] - 1) < 0.02
+
+
+def test_the_fewest_flops_of_prefill_leave_out_the_shared_layers() -> None:
+    config = published("e2b")
+    long, short = (prefill_flops_min(config, n) for n in (512, 1))
+    # What grows with the prompt: 15 of 35 layers, whose FFN is half as wide as the others', and the projection of
+    # per-layer embeddings. What does not: the other layers and the head.
+    assert 0.25 < (long - short) / 511 / short < 0.26
