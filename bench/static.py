@@ -163,7 +163,7 @@ def prefill_entry(
     )
     seconds = time.perf_counter() - begin
     # XLA does not analyse the cost of programs for absent GPUs; it does for what they are compiled from.
-    cost = prefill.lower(*arguments, model=model).cost_analysis()
+    cost: Any = prefill.lower(*arguments, model=model).cost_analysis()
     return {
         "tokens": PREFILL_CHUNK,
         "flops": cost["flops"],
