@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 DEMO := .demo
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PROMPT := The people of the United States
+WORKERS := 2
 SAMPLING := --temperature 0.7 --top-p 0.95 --seed 1 --max-new-tokens 120
 
 # Candidates are run and not only looked up: a shim that pyenv made exists for versions that are not selected.
@@ -41,8 +42,8 @@ $(DEMO)/%/manifest.json: gemma_jax/checkpoints/%/model.safetensors | $(VENV)/ins
 	@$(BIN)/gemma-jax convert $* $(DEMO)/$* --format q4k
 
 test: $(VENV)/installed-test
-	@echo "== pytest: all tests, the examples in docstrings and in README.md"
-	@$(BIN)/python -m pytest
+	@echo "== pytest: all tests, the examples in docstrings and in README.md; about ten minutes on two cores, half of it the first time only"
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 15
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

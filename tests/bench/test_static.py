@@ -33,7 +33,7 @@ def test_decode_copies_no_cache_and_materialises_no_weight(
     [entry] = json.loads(file.read_text())["decode"]
     assert entry["cache_copies"] == 0
     assert entry["kernels_per_layer"] <= most_kernels_per_layer
-    assert 1 <= entry["bytes_per_token"] / entry["bytes_min"] <= 1.15
+    assert 1 <= entry["bytes_per_token"] / entry["bytes_min"] <= 1.1
     # The smallest matrix of a layer that is worth naming, o, would take 10 MB in bfloat16.
     assert entry["temp_bytes"] < 7e6
 
