@@ -42,7 +42,7 @@ $(DEMO)/%/manifest.json: gemma_jax/checkpoints/%/model.safetensors | $(VENV)/ins
 	@$(BIN)/gemma-jax convert $* $(DEMO)/$* --format q4k
 
 test: $(VENV)/installed-test
-	@echo "== pytest: all tests, the examples in docstrings and in README.md; about ten minutes on two cores, half of it the first time only"
+	@echo "== pytest: all tests, the examples in docstrings and in README.md; minutes, and fewer the second time"
 	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 15
 
 lint: $(VENV)/installed-dev
