@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+from bench import hlo
 from pallas_kernels import embedding_lookup, expert_matmul, quantized_matmul
 from pallas_kernels.arrays import FORMATS
 from pallas_kernels.embedding_lookup import cases as embedding_cases
@@ -116,44 +117,17 @@ def examine(target: str, function: Callable[..., Any], *arguments: Any) -> Progr
     start = time.perf_counter()
     compiled = compile_for(target, function, *arguments)
     seconds = time.perf_counter() - start
-    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None
-    assert hlo is not None
+    assert text is not None
     return Program(
-        kernels=count_kernels(hlo),
+        kernels=sum(1 for _ in hlo.kernels(*hlo.parse(text))),
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         seconds=seconds,
-        hlo=hlo,
+        hlo=text,
     )
-
-
-_FREE = "parameter|constant|tuple|get-tuple-element|bitcast|after-all|partition-id|while|conditional|call"
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = .*?[\])}] ([a-z][\w-]*)\(")
-
-
-def count_kernels(hlo: str) -> int:
-    """Returns how many device operations optimised HLO holds: those outside fusions that do work.
-
-    The body of a loop counts once. Asynchronous pairs (``…-start``, ``…-done``) count once.
-    """
-    kernels, skipping = 0, False
-    # Computations that a fusion or a reduction calls are inside someone else's kernel.
-    inner = set(re.findall(r"(?:calls|to_apply|comparator)=%?([\w.-]+)", hlo))
-    for line in hlo.splitlines():
-        header = re.match(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$", line)
-        if header:
-            skipping = header.group(1) in inner
-            continue
-        found = None if skipping else _INSTRUCTION.match(line)
-        if (
-            found
-            and not re.fullmatch(_FREE, found.group(1))
-            and not found.group(1).endswith("-done")
-        ):
-            kernels += 1
-    return kernels
 
 
 def abstract_weight(shape: tuple[int, ...], format: str) -> Any:

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import random_checkpoint
 
-import gemma_jax
-
 DATA = Path(__file__).parent / "data"
 
 
@@ -26,15 +24,3 @@ def random_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
         name: random_checkpoint.write_checkpoint(root / name, config)
         for name, config in random_checkpoint.FAMILIES.items()
     }
-
-
-@pytest.fixture(scope="session")
-def tiny_dense() -> gemma_jax.LanguageModel:
-    """The bundled dense model in Q4K."""
-    return gemma_jax.load("tiny-dense", format="q4k")
-
-
-@pytest.fixture(scope="session")
-def tiny_moe() -> gemma_jax.LanguageModel:
-    """The bundled mixture-of-experts model in Q4K."""
-    return gemma_jax.load("tiny-moe", format="q4k")

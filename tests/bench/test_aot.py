@@ -78,31 +78,3 @@ def test_every_target_compiles_every_op(target: str) -> None:
 def test_an_unknown_target_is_refused() -> None:
     with pytest.raises(ValueError, match="target = 'h300': expected one of h200, h100, b200, gb10"):
         aot.sharding("h300")
-
-
-def test_kernels_are_counted_outside_fusions_and_once_per_pair() -> None:
-    hlo = """HloModule m
-
-%fused (p: f32[4]) -> f32[4] {
-  %p = f32[4]{0} parameter(0)
-  ROOT %add.1 = f32[4]{0} add(%p, %p)
-}
-
-%body (t: (f32[4])) -> (f32[4]) {
-  %t = (f32[4]{0}) parameter(0)
-  %g = f32[4]{0} get-tuple-element(%t), index=0
-  %c = f32[4]{0} copy(%g)
-  ROOT %r = (f32[4]{0}) tuple(%c)
-}
-
-ENTRY %main (a: f32[4]) -> f32[4] {
-  %a = f32[4]{0} parameter(0)
-  %f = f32[4]{0} fusion(%a), kind=kLoop, calls=%fused
-  %s = ((f32[4]{0}), f32[4]{0}) copy-start(%f)
-  %d = f32[4]{0} copy-done(%s)
-  %t.2 = (f32[4]{0}) tuple(%d)
-  %w = (f32[4]{0}) while(%t.2), condition=%cond, body=%body
-  ROOT %out = f32[4]{0} get-tuple-element(%w), index=0
-}
-"""
-    assert aot.count_kernels(hlo) == 3

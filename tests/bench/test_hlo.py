@@ -75,6 +75,16 @@ def test_a_slice_is_charged_the_slice_and_an_update_in_place_the_update() -> Non
     assert kernels["new"].bytes == 32 + 8
 
 
+def test_an_asynchronous_pair_counts_once_and_a_loop_by_its_body() -> None:
+    text = MODULE.replace(
+        "%copy.1 = bf16[64,4]{1,0} copy(%cache)",
+        "%start.1 = ((bf16[64,4]{1,0}), bf16[64,4]{1,0}) copy-start(%cache)\n"
+        "  %copy.1 = bf16[64,4]{1,0} copy-done(%start.1)",
+    )
+    module, entry = hlo.parse(text)
+    assert [k.name for k in hlo.kernels(module, entry)] == ["row", "start.1", "new", "next"]
+
+
 def test_sizes_of_types() -> None:
     assert hlo.size("f32[2,3]{1,0}") == 24
     assert hlo.size("(bf16[4]{0}, s4[3]{0}, pred[])") == 8 + 2 + 1
