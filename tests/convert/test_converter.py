@@ -211,6 +211,22 @@ from convert.converter import convert_checkpoint
 convert_checkpoint(sys.argv[1], sys.argv[2], format="bf16")
 """
 
+# Stands still within the save of the first group, in the thread that Orbax runs in, until the file sys.argv[3] is there.
+STOPPING_WITHIN_A_SAVE = (
+    """
+import sys, time
+from pathlib import Path
+import orbax.checkpoint as ocp
+save = ocp.Checkpointer.save
+def save_and_wait(*arguments, **options):
+    save(*arguments, **options)
+    while not Path(sys.argv[3]).exists():
+        time.sleep(0.01)
+ocp.Checkpointer.save = save_and_wait
+"""
+    + CONVERT
+)
+
 # No file may grow beyond 30 kB: a real failure in the middle of a write.
 LIMITED = (
     """
@@ -262,7 +278,7 @@ def test_a_disk_that_fills_up_gives_one_error_and_is_left_empty(
 
 
 def wait_for_arrays(folder: Path, process: subprocess.Popen[str]) -> Path:
-    """Waits until the conversion has written its first group and is at work on the others."""
+    """Waits until the conversion has written its first group."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if found := list(folder.glob(".out.unfinished-*/arrays/embed")):
@@ -276,7 +292,7 @@ def test_kill_9_leaves_no_folder_that_loads(
     write: Write, tmp_path: Path, moe_tensors: Tensors
 ) -> None:
     source = write(moe_tensors)
-    process = run(CONVERT, source, tmp_path / "out")
+    process = run(STOPPING_WITHIN_A_SAVE, source, tmp_path / "out", tmp_path / "go on")
     unfinished = wait_for_arrays(tmp_path, process)
     process.kill()
     process.communicate()
@@ -290,13 +306,15 @@ def test_kill_9_leaves_no_folder_that_loads(
 
 
 def test_an_interrupt_leaves_nothing(write: Write, tmp_path: Path, moe_tensors: Tensors) -> None:
-    process = run(CONVERT, write(moe_tensors), tmp_path / "out")
+    go_on = tmp_path / "go on"
+    process = run(STOPPING_WITHIN_A_SAVE, write(moe_tensors), tmp_path / "out", go_on)
     wait_for_arrays(tmp_path, process)
     process.send_signal(signal.SIGINT)
+    go_on.touch()
     _, message = process.communicate()
     assert process.returncode != 0
     assert "KeyboardInterrupt" in message
-    assert content(tmp_path) == {"source"}
+    assert content(tmp_path) == {"source", go_on.name}
 
 
 def test_progress_is_told_on_standard_error(
