@@ -230,6 +230,42 @@ def generate(
         capacity=capacity or needed,
         top_logprobs=top_logprobs,
     )
+    result, _ = continue_generation(
+        params,
+        state,
+        sampling,
+        model=model,
+        max_new_tokens=max_new_tokens,
+        top_logprobs=top_logprobs,
+    )
+    return result
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "max_new_tokens", "top_logprobs"), donate_argnames="state"
+)
+def continue_generation(
+    params: Params,
+    state: DecodeState,
+    sampling: SamplingParams,
+    *,
+    model: Gemma4,
+    max_new_tokens: int,
+    top_logprobs: int | None = None,
+) -> tuple[GenerateResult, DecodeState]:
+    """The decode loop of `generate`, from a state that `start` made: one `lax.while_loop` until every row has ended.
+
+    Args:
+      params: the model's parameters.
+      state: holds each row's prompt and first token (``generated`` is 1, or 0 for a row that may have none); donated.
+        Its cache has room for ``max_new_tokens - 1`` more positions.
+      sampling: settings per row; ``sampling.max_new_tokens`` is at most `max_new_tokens`.
+      model, max_new_tokens, top_logprobs: as for `generate` (static).
+
+    Returns:
+      What `generate` returns, and the state after the last token.
+    """
+    batch = state.token.shape[0]
     out = _record(_empty_result(batch, max_new_tokens, model, top_logprobs), state, jnp.int32(0))
 
     def unfinished(carry: tuple[jax.Array, DecodeState, GenerateResult]) -> jax.Array:
@@ -243,7 +279,7 @@ def generate(
         return step + 1, state, _record(out, state, step)
 
     _, state, out = lax.while_loop(unfinished, one_token, (jnp.int32(1), state, out))
-    return out.replace(lengths=state.generated, finish_reasons=state.reason)
+    return out.replace(lengths=state.generated, finish_reasons=state.reason), state
 
 
 def _apply(model: Gemma4, params: Params, *args: Any, method: str | None = None) -> Any:
