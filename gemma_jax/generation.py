@@ -211,7 +211,7 @@ def generate(
     Raises:
       ValueError: `capacity` is too small, `max_new_tokens` is below 1, or the model has fewer positions.
     """
-    batch, width = tokens.shape
+    width = tokens.shape[1]
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
     needed = width + max_new_tokens
