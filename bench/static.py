@@ -24,17 +24,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import unflatten_dict
 
 from bench import aot, hlo
 from bench.environment import environment
 from bench.published import published
-from convert.policy import format_of
+from bench.random_weights import abstract_params
 from gemma_jax.cache import KVCache, init_cache
 from gemma_jax.config import Gemma4Config
 from gemma_jax.generation import PREFILL_CHUNK, decode_step, prefill
 from gemma_jax.model import Gemma4, Params, param_shapes
-from pallas_kernels.arrays import FORMATS, QuantizedArray
+from pallas_kernels.arrays import QuantizedArray
 
 MODELS = ("e2b", "e4b", "26b_a4b", "31b")
 WEIGHT_FORMATS = ("bf16", "eq8_0", "q4k")
@@ -49,16 +48,6 @@ BANDWIDTH = {
     for target, nominal in {"h200": 4.8e12, "h100": 3.35e12, "b200": 8e12, "gb10": 0.273e12}.items()
 }
 LAUNCH_SECONDS = 2e-6
-
-
-def abstract_params(config: Gemma4Config, weight_format: str) -> Params:
-    """Parameters as `gemma-jax convert --format` would write them for a bfloat16 checkpoint, as shapes alone."""
-    leaves = {}
-    for path, leaf in param_shapes(config).items():
-        name = format_of(path, leaf.shape, weight_format)
-        stored = name if name in FORMATS else "bf16"
-        leaves[tuple(path.split("/"))] = aot.abstract_weight(leaf.shape, stored)
-    return unflatten_dict(leaves)
 
 
 def decode_loop(
