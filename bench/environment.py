@@ -23,6 +23,7 @@ def environment() -> dict[str, Any]:
         "device": device.device_kind if device.platform != "cpu" else _cpu_name(),
         "platform": device.platform,
         "driver": getattr(device.client, "platform_version", ""),
+        "nvidia_driver": _nvidia_driver(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in _PACKAGES},
@@ -39,6 +40,11 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def _nvidia_driver() -> str | None:
+    file = Path("/proc/driver/nvidia/version")
+    return file.read_text().splitlines()[0] if file.exists() else None
 
 
 def _version(package: str) -> str | None:

@@ -105,9 +105,12 @@ def decode_entry(
     }
 
 
-def decode_bytes_min(config: Gemma4Config, params: Params, batch: int) -> int:
+def decode_bytes_min(
+    config: Gemma4Config, params: Params, batch: int, *, depth: int = DEPTH, itemsize: int = 2
+) -> int:
     """Bytes that one decode step of `batch` rows must read: each matrix once, each row's keys and values once a layer.
 
+    Every row has `depth` positions in the cache, whose elements have `itemsize` bytes.
     Of experts, those that `batch` rows choose if no two choose the same; of tables that are only looked up, nothing.
     """
     total = 0
@@ -128,8 +131,8 @@ def decode_bytes_min(config: Gemma4Config, params: Params, batch: int) -> int:
             nbytes = nbytes * chosen // config.num_experts
         total += nbytes
     for i in range(config.num_layers):
-        positions = DEPTH if config.is_global(i) else min(DEPTH, config.sliding_window)
-        total += batch * positions * 2 * config.kv_heads_of(i) * config.head_dim_of(i) * 2
+        positions = depth if config.is_global(i) else min(depth, config.sliding_window)
+        total += batch * positions * 2 * config.kv_heads_of(i) * config.head_dim_of(i) * itemsize
     return total
 
 
