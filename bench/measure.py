@@ -179,10 +179,10 @@ class GemmaJax:
     def _state_at(self, depth: int, batch: int, room: int) -> DecodeState:
         """A state with `depth` random positions in its cache and one token to go on from."""
         empty = jax.eval_shape(lambda: init_cache(self.config, batch, depth + room, self.dtype))
-        keys = jax.random.split(jax.random.key(SEED), len(empty.layers))
-        layers = tuple(
-            _random(k, kv.shape, kv.dtype) for k, kv in zip(keys, empty.layers, strict=True)
-        )
+        leaves, tree = jax.tree.flatten(empty.layers)
+        keys = jax.random.split(jax.random.key(SEED), len(leaves))
+        filled = [_random(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+        layers = jax.tree.unflatten(tree, filled)
         token = jnp.full((batch,), self.config.bos_id, jnp.int32)
         zeros = jnp.zeros((batch,), jnp.int32)
         state = DecodeState(

@@ -40,7 +40,8 @@ class LlamaCpp:
         if not os.access(self._binary, os.X_OK):
             raise OSError(f"{binary} is not there or not a program")
         self._folder = tempfile.TemporaryDirectory(prefix="gguf-")
-        self._gguf = gguf or Path(self._folder.name) / "model.gguf"
+        name = f"{Path(cases[0].model).name}-{cases[0].format}.gguf"
+        self._gguf = gguf or Path(self._folder.name) / name
         self._waiting = list(cases)
         self._expected: list[Case] = []
         self._process: subprocess.Popen[str] | None = None
@@ -85,8 +86,9 @@ class LlamaCpp:
                 "engine_settings": {k: values[k] for k in _OF_A_CASE if k in values},
                 "peer": {k: values[k] for k in _FACTS if k in values},
             }
-        status = self._process.wait()
-        raise RuntimeError(f"llama-bench ended with status {status}: {self._last_words()}")
+        status, words = self._process.wait(), self._last_words()
+        self._end()
+        raise RuntimeError(f"llama-bench ended with status {status}: {words}")
 
     def _start(self, case: Case) -> None:
         """Starts a process for `case` and those of its phase that come after it."""

@@ -113,7 +113,7 @@ class OpenAIServer:
             connection.request("POST", self._path, json.dumps(body), headers)
             response = connection.getresponse()
             if response.status != http.client.OK:
-                text = response.read(500).decode(errors="replace")
+                text = " ".join(response.read(500).decode(errors="replace").split())
                 raise RefusedError(f"{self._path}: status {response.status}: {text}")
             times: list[float] = []
             usage: dict[str, Any] = {}

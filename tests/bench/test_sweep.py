@@ -251,7 +251,7 @@ def test_bad_input_is_one_line_and_status_2(
 def test_the_budget_stops_before_it_is_exceeded_and_the_next_call_goes_on(
     tmp_path: Path, toy: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each case takes a minute on a clock that only cases advance: nine fit, and not ten, for milliseconds of growth are expected."""
+    """Each case takes a minute on a clock that only cases advance; nine fit into the budget."""
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     measure = InProcess.measure
