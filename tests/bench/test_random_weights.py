@@ -29,12 +29,9 @@ def described(params: Any) -> Any:
     return jax.tree.map(lambda leaf: (tuple(leaf.shape), jnp.dtype(leaf.dtype)), params)
 
 
-def small(name: str) -> Gemma4Config:
-    return Gemma4Config.from_hf(BUNDLED / name)
-
-
-@pytest.mark.parametrize("weight_format", FORMATS)
-@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
+@pytest.mark.parametrize(
+    ("name", "weight_format"), [*(("tiny-moe", f) for f in FORMATS), ("tiny-dense", "bf16")]
+)
 def test_shapes_and_types_are_those_of_a_converted_checkpoint(
     name: str, weight_format: str
 ) -> None:
@@ -45,31 +42,28 @@ def test_shapes_and_types_are_those_of_a_converted_checkpoint(
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)
-@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
+@pytest.mark.parametrize("model", ["e2b", "26b_a4b"])
 def test_matrices_have_the_standard_deviation_of_one_over_root_k(
-    name: str, weight_format: str
+    model: str, weight_format: str
 ) -> None:
     """Scales uniform in 0.75 .. 1.25 put the root mean square 1 % above 1.
 
     A sample of n weights whose blocks of 256 share a scale, and whose Q4K and Q6K integers are few, has a root mean
     square that is off by at most about 1 / sqrt(n / 256) of itself; four times that never happens.
     """
-    for path, leaf in jax.tree_util.tree_leaves_with_path(
-        random_params(small(name), weight_format),
-        is_leaf=lambda x: isinstance(x, QuantizedArray),
-    ):
-        values = leaf.dequantize() if isinstance(leaf, QuantizedArray) else leaf
-        values = np.asarray(values, np.float32)
-        if values.ndim < 2:
-            assert (values >= 0.75).all(), path
-            assert (values <= 1.25).all(), path
-            continue
-        rms = math.sqrt(values.shape[-1] * np.mean(values.astype(np.float64) ** 2))
-        assert abs(rms - 1.01) < 0.01 + 4 / math.sqrt(values.size / 256), path
+    params = random_params(narrowed(published(model)), weight_format)
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QuantizedArray))
+    for leaf in {(type(x), x.shape[-1]): x for x in leaves if len(x.shape) > 1}.values():
+        values = jax.jit(lambda x: x.dequantize() if isinstance(x, QuantizedArray) else x)(leaf)
+        rms = math.sqrt(leaf.shape[-1] * np.mean(np.asarray(values, np.float64) ** 2))
+        assert abs(rms - 1.01) < 0.01 + 4 / math.sqrt(values.size / 256), leaf.shape
+    for vector in (x for x in leaves if len(x.shape) == 1):
+        assert (vector >= 0.75).all()
+        assert (vector <= 1.25).all()
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)
-@pytest.mark.parametrize("model", ["e2b", "26b_a4b", "31b"])
+@pytest.mark.parametrize("model", ["e2b", "26b_a4b"])
 def test_two_layers_of_every_kind_give_finite_logits(model: str, weight_format: str) -> None:
     """Two layers that keep the architecture's switches, narrowed to what a test has time for."""
     config = narrowed(published(model))
