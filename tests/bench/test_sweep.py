@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ import toy_engine
 from toy_engine import ToyEngine
 
 from bench import ceilings, plan, sweep
-from bench.measure import GemmaJax
+from bench.measure import GemmaJax, PeakMemory
 from bench.plan import DECODE, FIRST_TOKEN, LLAMA_CPP, OPENAI, OURS, PREFILL, TRANSFORMERS, Case
 from bench.processes import Worker, in_own_process
 from bench.static import decode_bytes_min, prefill_flops_min
@@ -413,6 +414,31 @@ def test_our_engine_measures_every_phase_and_what_it_could_not_do_without(
     assert prefill["flops_min"] == first["flops_min"] == prefill_flops_min(engine.config, 20)
     least = decode_bytes_min(engine.config, engine.params, 2, depth=23, itemsize=4) / 2
     assert decode["bytes_min"] == least
+
+
+@pytest.mark.parametrize(
+    ("peak_after", "expected", "words"),
+    [
+        (900, 900, "peak_bytes_in_use"),
+        # An earlier case had the peak: 500 in use, and 70 + 30 - 20 that the program takes for itself.
+        (800, 580, "the program's own"),
+    ],
+)
+def test_a_gpus_peak_is_its_own_count_where_this_case_raised_it(
+    monkeypatch: pytest.MonkeyPatch, peak_after: int, expected: int, words: str
+) -> None:
+    plan_of_memory = SimpleNamespace(
+        temp_size_in_bytes=70, output_size_in_bytes=30, alias_size_in_bytes=20
+    )
+    program: Any = SimpleNamespace(memory_analysis=lambda: plan_of_memory)
+    stats = {"peak_bytes_in_use": 800, "bytes_in_use": 500}
+    monkeypatch.setattr(PeakMemory, "_stats", lambda self: dict(stats))
+    memory = PeakMemory()
+    memory.leave_out_compilation()
+    stats["peak_bytes_in_use"] = peak_after
+    peak, of = memory.reading(program)
+    assert peak == expected
+    assert words in of
 
 
 def test_more_positions_than_the_model_has_are_an_error(engine: GemmaJax) -> None:
