@@ -9,7 +9,7 @@ from gemma_jax.config import GLOBAL, Gemma4Config
 
 CONFIGS = Path(__file__).parent / "configs"
 PUBLISHED = ("e2b", "e4b", "12b", "26b_a4b", "31b")
-# Not published: an E-type of 260 million parameters, half of them embeddings of 32768 tokens, for slow devices.
+# Not published: an E-type of 255 million parameters, half of them embeddings of 32768 tokens, for slow devices.
 SMALL = ("e260m",)
 
 

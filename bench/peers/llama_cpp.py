@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import tempfile
@@ -18,6 +19,7 @@ from bench.processes import in_own_process
 _FACTS = ("build_commit", "build_number", "cpu_info", "gpu_info", "backends")
 _OF_A_CASE = ("model_type", "model_size", "flash_attn", "n_gpu_layers", "n_threads")
 _SECONDS_TO_END = 10.0
+_REASON = re.compile(r"error|assert|fail|unable|out of memory", re.IGNORECASE)
 
 
 class LlamaCpp:
@@ -127,7 +129,9 @@ class LlamaCpp:
         assert self._errors is not None
         self._errors.seek(0)
         lines = [line.strip() for line in self._errors if line.strip()]
-        return " | ".join(lines[-3:]) or "(nothing on standard error)"
+        # A crash prints a backtrace after its reason.
+        reasons = [line for line in lines if _REASON.search(line)]
+        return " | ".join((reasons or lines)[-3:]) or "(nothing on standard error)"
 
     def _end(self) -> None:
         if self._process is not None:

@@ -125,9 +125,12 @@ def test_the_unused_nibble_of_an_odd_number_of_blocks_is_zero() -> None:
 def test_the_small_architecture_is_an_e_type_that_every_format_can_hold() -> None:
     config = published("e260m")
     shapes = param_shapes(config)
-    assert round(sum(math.prod(s.shape) for s in shapes.values()) / 1e6) == 260
+    assert round(sum(math.prod(s.shape) for s in shapes.values()) / 1e6) == 255
     assert config.ple_size
     assert config.num_kv_shared_layers
+    # Where llama.cpp looks for the keys and values that are shared.
+    own = config.first_kv_shared_layer
+    assert [config.is_global(i) for i in (own - 2, own - 1)] == [False, True]
     assert config.head_dim != config.global_head_dim
     assert len(set(config.layer_types)) == 2
     # Peers have no super-blocks of less than 256.
