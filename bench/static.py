@@ -87,7 +87,7 @@ def decode_entry(
     module, entry = hlo.parse(_text(program))
     [(body, _)] = hlo.while_bodies(module, entry)
     kernels = list(hlo.kernels(module, body))
-    layer_bytes = {math.prod(kv.shape) * kv.dtype.itemsize for kv in cache.layers}
+    layer_bytes = {math.prod(x.shape) * x.dtype.itemsize for kv in cache.layers for x in kv}
     moved = sum(k.bytes for k in kernels)
     return {
         "batch": batch,

@@ -11,49 +11,31 @@ matmul and of the KV cache.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gemma_jax.cache import Context, KVCache, extend, init_cache, stored_context
+from gemma_jax.cache import (
+    Context,
+    KeysAndValues,
+    KVCache,
+    extend,
+    init_cache,
+    stored_context,
+)
 from gemma_jax.config import Gemma4Config
+from gemma_jax.moe import MixtureOfExperts, gated_gelu
+from gemma_jax.norms import NormedInput, Residual, add_normed, rms_norm
+from gemma_jax.parameters import vector_param, weight_param
 from gemma_jax.rope import apply_rope, rope_table
-from pallas_kernels.arrays import QuantizedArray, Weight
 from pallas_kernels.attention import attention
 from pallas_kernels.embedding_lookup import embedding_lookup
-from pallas_kernels.expert_matmul import expert_matmul
 from pallas_kernels.quantized_matmul import quantized_matmul
 
 Params = dict[str, Any]
 RopeTables = dict[bool, tuple[jax.Array, jax.Array]]
-
-
-class NormedInput(NamedTuple):
-    """``rms_norm(h, weight)`` on its way into a matrix product, the division left for after it.
-
-    ``rms_norm(h, weight) @ w.T = ((h * weight) @ w.T) * scale`` with ``scale = 1 / sqrt(mean(h**2) + eps)``. The
-    product can then start before the mean over the row is known, which saves a kernel for each norm of a decode step.
-
-    Attributes:
-      x: ``h * weight``, float32 ``[B, T, D]``.
-      scale: float32 ``[B, T, 1]``.
-    """
-
-    x: jax.Array
-    scale: jax.Array
-
-    @classmethod
-    def of(cls, h: jax.Array, weight: jax.Array, eps: float) -> NormedInput:
-        """The RMS norm of ``h`` ``[B, T, D]`` with a scale of its own for each of the D elements."""
-        h = h.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + eps)
-        return cls(h * weight.astype(jnp.float32), scale)
-
-    def times(self, w: Weight, dtype: Any, implementation: str | None) -> jax.Array:
-        """float32 ``[B, T, N]``: the norm times ``w`` ``[N, D]`` transposed, with activations of `dtype`."""
-        return quantized_matmul(self.x.astype(dtype), w, implementation=implementation) * self.scale
 
 
 class Gemma4(nn.Module):
@@ -75,7 +57,7 @@ class Gemma4(nn.Module):
         if c.ple_size:
             self.ple = PerLayerEmbedding(c, self.dtype, self.implementation)
         self.layers = [Layer(c, i, self.dtype, self.implementation) for i in range(c.num_layers)]
-        self.final_norm = _vector(self, "final_norm", c.hidden_size)
+        self.final_norm = vector_param(self, "final_norm", c.hidden_size)
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, cache: KVCache
@@ -106,7 +88,7 @@ class Gemma4(nn.Module):
         """Runs only the layers with K/V of their own: float32 hidden states ``[B, T, D]`` and the new cache."""
         h, ple, rope = self._start(tokens, positions, 0, self.config.first_kv_shared_layer)
         h, cache, _ = self._own_layers(h, ple, rope, positions, cache)
-        return h, cache
+        return h.h, cache
 
     def decode(self, h: jax.Array, tokens: jax.Array, cache: KVCache) -> jax.Array:
         """The KV-shared layers and the head, for the last position that each row has in the cache.
@@ -120,6 +102,7 @@ class Gemma4(nn.Module):
           float32 logits ``[B, 1, V]``.
         """
         c = self.config
+        residual = Residual.of(h)
         if c.num_kv_shared_layers:
             positions = cache.lengths[:, None] - 1
             first = c.first_kv_shared_layer
@@ -127,12 +110,12 @@ class Gemma4(nn.Module):
             contexts = {i: stored_context(kv, cache.lengths) for i, kv in enumerate(cache.layers)}
             for i in range(first, c.num_layers):
                 inputs = ple[..., i - first, :] if ple is not None else None
-                h = self._shared_layer(i, h, inputs, rope, positions, contexts)
-        return self._head(h)
+                residual = self._shared_layer(i, residual, inputs, rope, positions, contexts)
+        return self._head(residual)
 
     def _start(
         self, tokens: jax.Array, positions: jax.Array, first: int, end: int
-    ) -> tuple[jax.Array, jax.Array | None, RopeTables]:
+    ) -> tuple[Residual, jax.Array | None, RopeTables]:
         """Scaled embeddings, per-layer inputs of layers ``first .. end - 1`` and the RoPE tables."""
         c = self.config
         with jax.named_scope("embed"):
@@ -144,16 +127,16 @@ class Gemma4(nn.Module):
                     positions, c.global_head_dim, c.global_rope_theta, c.global_rotary_factor
                 ),
             }
-        return h, ple, rope
+        return Residual.of(h), ple, rope
 
     def _own_layers(
         self,
-        h: jax.Array,
+        h: Residual,
         ple: jax.Array | None,
         rope: RopeTables,
         positions: jax.Array,
         cache: KVCache,
-    ) -> tuple[jax.Array, KVCache, dict[int, Context]]:
+    ) -> tuple[Residual, KVCache, dict[int, Context]]:
         c = self.config
         layers, contexts = [], {}
         for i, kv in enumerate(cache.layers):
@@ -168,17 +151,17 @@ class Gemma4(nn.Module):
     def _shared_layer(
         self,
         i: int,
-        h: jax.Array,
+        h: Residual,
         ple: jax.Array | None,
         rope: RopeTables,
         positions: jax.Array,
         contexts: dict[int, Context],
-    ) -> jax.Array:
+    ) -> Residual:
         c = self.config
         context = contexts[c.kv_source(i)]
         return self.layers[i](h, ple, rope[c.is_global(i)], positions, context)[0]
 
-    def _head(self, h: jax.Array) -> jax.Array:
+    def _head(self, h: Residual) -> jax.Array:
         c = self.config
         with jax.named_scope("head"):
             normed = NormedInput.of(h, self.final_norm, c.rms_norm_eps)
@@ -197,7 +180,7 @@ class Embedding(nn.Module):
 
     def setup(self) -> None:
         shape = (self.vocab_size, self.hidden_size)
-        self.weight = _param(self, "weight", shape, nn.initializers.normal(0.02))
+        self.weight = weight_param(self, "weight", shape, nn.initializers.normal(0.02))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         return embedding_lookup(self.weight, tokens, implementation=self.implementation)
@@ -219,9 +202,9 @@ class PerLayerEmbedding(nn.Module):
         c = self.config
         size = c.num_layers * c.ple_size
         normal = nn.initializers.normal(0.02)
-        table = _param(self, "embedding", (c.vocab_size_per_layer_input, size), normal)
-        projection = _param(self, "projection", (size, c.hidden_size), normal)
-        norm = _vector(self, "norm", c.ple_size)
+        table = weight_param(self, "embedding", (c.vocab_size_per_layer_input, size), normal)
+        projection = weight_param(self, "projection", (size, c.hidden_size), normal)
+        norm = vector_param(self, "norm", c.ple_size)
         split = (*tokens.shape, -1, c.ple_size)
         wanted = slice(first * c.ple_size, end * c.ple_size)
         # Rows of a matrix are the leading axis of every plane, so a slice of layers stays quantized.
@@ -243,8 +226,8 @@ class Layer(nn.Module):
     def setup(self) -> None:
         c, i = self.config, self.index
         for name in ("input_norm", "post_attention_norm", "pre_ffn_norm", "post_ffn_norm"):
-            setattr(self, name, _vector(self, name, c.hidden_size))
-        self.layer_scalar = _vector(self, "layer_scalar", 1)
+            setattr(self, name, vector_param(self, name, c.hidden_size))
+        self.layer_scalar = vector_param(self, "layer_scalar", 1)
         self.attention = Attention(c, i, self.dtype, self.implementation)
         self.ffn = FeedForward(c.hidden_size, c.ffn_size(i), self.dtype, self.implementation)
         if c.num_experts:
@@ -254,28 +237,30 @@ class Layer(nn.Module):
 
     def __call__(
         self,
-        h: jax.Array,
+        h: Residual,
         ple: jax.Array | None,
         rope: tuple[jax.Array, jax.Array],
         positions: jax.Array,
-        source: tuple[jax.Array, jax.Array] | Context,
-    ) -> tuple[jax.Array, jax.Array, Context]:
+        source: tuple[KeysAndValues, jax.Array] | Context,
+    ) -> tuple[Residual, KeysAndValues, Context]:
         """`source` is ``(kv, lengths)`` for a layer with K/V of its own, another layer's `Context` otherwise."""
         eps = self.config.rms_norm_eps
         with jax.named_scope("attention"):
             a, kv, context = self.attention(
                 NormedInput.of(h, self.input_norm, eps), rope, positions, source
             )
-            h = h + rms_norm(a, self.post_attention_norm, eps)
+            h = add_normed(h, [(a, self.post_attention_norm)], None, eps)
         with jax.named_scope("ffn"):
             m = self.ffn(NormedInput.of(h, self.pre_ffn_norm, eps))
             if self.config.num_experts:
-                m = self.moe(h, m)
-            h = h + rms_norm(m, self.post_ffn_norm, eps)
+                h = self.moe(h, m, self.post_ffn_norm)
+            else:
+                h = add_normed(h, [(m, self.post_ffn_norm)], None, eps)
         if ple is not None:
             with jax.named_scope("ple"):
-                h = h + self.ple(h, ple)
-        return h * self.layer_scalar.astype(jnp.float32), kv, context
+                h = self.ple(h, ple)
+        scalar = self.layer_scalar.astype(jnp.float32)
+        return Residual(h.h * scalar, h.mean_square * scalar**2), kv, context
 
 
 class Attention(nn.Module):
@@ -292,16 +277,16 @@ class Attention(nn.Module):
         x: NormedInput,
         rope: tuple[jax.Array, jax.Array],
         positions: jax.Array,
-        source: tuple[jax.Array, jax.Array] | Context,
-    ) -> tuple[jax.Array, jax.Array, Context]:
+        source: tuple[KeysAndValues, jax.Array] | Context,
+    ) -> tuple[jax.Array, KeysAndValues, Context]:
         c, i = self.config, self.index
         heads, kv_heads, head_dim = c.num_heads, c.kv_heads_of(i), c.head_dim_of(i)
         own, tied = not c.is_kv_shared(i), c.shares_k_and_v(i)
         projected = heads + (kv_heads * (1 if tied else 2) if own else 0)
         normal = nn.initializers.normal(0.02)
-        w_qkv = _param(self, "qkv", (projected * head_dim, c.hidden_size), normal)
-        w_o = _param(self, "o", (c.hidden_size, heads * head_dim), normal)
-        q_norm = _vector(self, "q_norm", head_dim)
+        w_qkv = weight_param(self, "qkv", (projected * head_dim, c.hidden_size), normal)
+        w_o = weight_param(self, "o", (c.hidden_size, heads * head_dim), normal)
+        q_norm = vector_param(self, "q_norm", head_dim)
 
         qkv = x.times(w_qkv, self.dtype, self.implementation)
         shape = (*qkv.shape[:-1], projected, head_dim)
@@ -309,20 +294,22 @@ class Attention(nn.Module):
         qkv = rms_norm(qkv.reshape(shape), None, c.rms_norm_eps)
         q = apply_rope(qkv[..., :heads, :] * q_norm.astype(jnp.float32), rope)
         if own:
-            k_norm = _vector(self, "k_norm", head_dim)
+            k_norm = vector_param(self, "k_norm", head_dim)
             kv, lengths = source
             k = qkv[..., heads : heads + kv_heads, :]
             v = k if tied else qkv[..., heads + kv_heads :, :]
             k = apply_rope(k * k_norm.astype(jnp.float32), rope)
-            new = jnp.concatenate([k, v], axis=-2)
-            kv, context = extend(kv, new, positions, lengths, is_ring=not c.is_global(i))
+            kv, context = extend(
+                kv, KeysAndValues(k, v), positions, lengths, is_ring=not c.is_global(i)
+            )
         else:
             assert isinstance(source, Context)
             kv, context = source.kv, source
         window = None if c.is_global(i) else c.sliding_window
         out = attention(
             q.astype(self.dtype),
-            context.kv,
+            context.kv.keys,
+            context.kv.values,
             positions,
             context.positions,
             window=window,
@@ -343,90 +330,31 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: NormedInput) -> jax.Array:
         normal = nn.initializers.normal(0.02)
-        gate_up = _param(self, "gate_up", (2 * self.width, self.hidden_size), normal)
-        down = _param(self, "down", (self.hidden_size, self.width), normal)
+        gate_up = weight_param(self, "gate_up", (2 * self.width, self.hidden_size), normal)
+        down = weight_param(self, "down", (self.hidden_size, self.width), normal)
         y = x.times(gate_up, self.dtype, self.implementation)
         y = gated_gelu(y).astype(self.dtype)
         return quantized_matmul(y, down, implementation=self.implementation)
 
 
-class MixtureOfExperts(nn.Module):
-    """The expert branch beside the dense FFN, and the sum of the two.
-
-    ``rms_norm(dense) + rms_norm(sum_e weight_e * expert_e(rms_norm(h)))`` over the top-k experts of the router, which
-    reads the residual itself: ``softmax(rms_norm(h) * scale * D**-0.5 @ router.T)``, the top-k renormalised to sum 1,
-    times the per-expert scale.
-    """
-
-    config: Gemma4Config
-    dtype: Any
-    implementation: str | None
-
-    @nn.compact
-    def __call__(self, h: jax.Array, dense: jax.Array) -> jax.Array:
-        c = self.config
-        hidden, experts, width = c.hidden_size, c.num_experts, c.moe_intermediate_size
-        normal = nn.initializers.normal(0.02)
-        router = _param(self, "router", (experts, hidden), normal)
-        router_scale = _vector(self, "router_scale", hidden)
-        per_expert_scale = _vector(self, "per_expert_scale", experts)
-        gate_up = _param(self, "gate_up", (experts, 2 * width, hidden), normal)
-        down = _param(self, "down", (experts, hidden, width), normal)
-        pre_norm = _vector(self, "pre_norm", hidden)
-        dense_post_norm = _vector(self, "dense_post_norm", hidden)
-        post_norm = _vector(self, "post_norm", hidden)
-
-        with jax.named_scope("router"):
-            # float32 throughout: a router that rounds picks other experts.
-            r = rms_norm(h, None, c.rms_norm_eps) * router_scale.astype(jnp.float32) * hidden**-0.5
-            scores = quantized_matmul(r, router, implementation=self.implementation)
-            probabilities = jax.nn.softmax(scores, axis=-1)
-            weights, chosen = jax.lax.top_k(probabilities, c.num_experts_per_token)
-            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-            weights = weights * per_expert_scale.astype(jnp.float32)[chosen]
-        with jax.named_scope("experts"):
-            x = rms_norm(h, pre_norm, c.rms_norm_eps).astype(self.dtype).reshape(-1, hidden)
-            rows = jnp.repeat(x, c.num_experts_per_token, axis=0)
-            ids = chosen.reshape(-1)
-            y = expert_matmul(rows, gate_up, ids, implementation=self.implementation)
-            y = gated_gelu(y).astype(self.dtype)
-            y = expert_matmul(y, down, ids, implementation=self.implementation)
-            y = jnp.sum(y.reshape(*weights.shape, hidden) * weights[..., None], axis=-2)
-        dense = rms_norm(dense, dense_post_norm, c.rms_norm_eps)
-        return dense + rms_norm(y, post_norm, c.rms_norm_eps)
-
-
 class PerLayerInput(nn.Module):
-    """``rms_norm(projection(gelu(gate(h)) * ple))``: the layer's embedding of the token, gated into the residual."""
+    """``h + rms_norm(projection(gelu(gate(h)) * ple))``: the layer's embedding of the token, gated into the stream."""
 
     config: Gemma4Config
     dtype: Any
     implementation: str | None
 
     @nn.compact
-    def __call__(self, h: jax.Array, ple: jax.Array) -> jax.Array:
+    def __call__(self, h: Residual, ple: jax.Array) -> Residual:
         c = self.config
         normal = nn.initializers.normal(0.02)
-        gate = _param(self, "gate", (c.ple_size, c.hidden_size), normal)
-        projection = _param(self, "projection", (c.hidden_size, c.ple_size), normal)
-        post_norm = _vector(self, "post_norm", c.hidden_size)
-        g = quantized_matmul(h.astype(self.dtype), gate, implementation=self.implementation)
+        gate = weight_param(self, "gate", (c.ple_size, c.hidden_size), normal)
+        projection = weight_param(self, "projection", (c.hidden_size, c.ple_size), normal)
+        post_norm = vector_param(self, "post_norm", c.hidden_size)
+        g = quantized_matmul(h.h.astype(self.dtype), gate, implementation=self.implementation)
         g = (nn.gelu(g, approximate=True) * ple).astype(self.dtype)
         y = quantized_matmul(g, projection, implementation=self.implementation)
-        return rms_norm(y, post_norm, c.rms_norm_eps)
-
-
-def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
-    """``x / sqrt(mean(x**2) + eps) * weight`` over the last axis, in float32 (Zhang and Sennrich, arXiv:1910.07467)."""
-    x = x.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    return x if weight is None else x * weight.astype(jnp.float32)
-
-
-def gated_gelu(gate_up: jax.Array) -> jax.Array:
-    """``gelu(gate) * up`` of a last axis that holds gate then up; the tanh form of GELU."""
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    return nn.gelu(gate, approximate=True) * up
+        return add_normed(h, [(y, post_norm)], None, c.rms_norm_eps)
 
 
 def param_shapes(config: Gemma4Config) -> dict[str, jax.ShapeDtypeStruct]:
@@ -439,26 +367,6 @@ def param_shapes(config: Gemma4Config) -> dict[str, jax.ShapeDtypeStruct]:
 
     leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(init, tokens))
     return {"/".join(key.key for key in path): leaf for path, leaf in leaves}
-
-
-def _param(module: nn.Module, name: str, shape: tuple[int, ...], init: Any) -> Weight:
-    """A parameter of `module`, which may have been given as a quantized array of that logical shape."""
-    if not module.has_variable("params", name):
-        return module.param(name, init, shape, jnp.float32)
-    value: Weight = module.get_variable("params", name)
-    if tuple(value.shape) != shape:
-        path = "/".join((*module.path, name))
-        raise ValueError(
-            f"parameter {path} has shape {tuple(value.shape)}; the config says {shape}"
-        )
-    return value
-
-
-def _vector(module: nn.Module, name: str, size: int) -> jax.Array:
-    """A parameter that is never quantized: a norm or a scale, 1 where nothing was learnt."""
-    vector = _param(module, name, (size,), nn.initializers.ones)
-    assert not isinstance(vector, QuantizedArray)
-    return vector
 
 
 def _rounded(multiplier: float, dtype: str) -> jax.Array:

@@ -36,6 +36,8 @@ def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
 
     Source: Su et al., RoFormer (arXiv:2104.09864), in the half-split form of the published checkpoints.
     """
-    cos, sin = (t[:, :, None, :] for t in table)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    cos, sin = (t[:, :, None, None, :] for t in table)
+    halves = x.reshape(*x.shape[:-1], 2, -1)
+    # Element-wise, so that it fuses with what reads it: halves put together again would be a kernel of their own.
+    signs = jnp.array([[-1.0], [1.0]])
+    return (halves * cos + halves[..., ::-1, :] * (signs * sin)).reshape(x.shape)

@@ -184,12 +184,16 @@ class Q4K(_BlockArray):
 
     def integer_scales(self) -> tuple[jax.Array, jax.Array]:
         """Returns the 6-bit (sc, m) as uint8 ``[..., N, K/32]``."""
-        blocks = self.scales_low.shape[-1]
-        high = (self.scales_high[..., None] >> jnp.array([0, 4], jnp.uint8)) & 15
-        high = high.reshape(*high.shape[:-2], -1)[..., :blocks]
-        sc = (self.scales_low & 15) | ((high & 3) << 4)
-        m = (self.scales_low >> 4) | ((high >> 2) << 4)
+        sc = (self.scales_low & 15) | (self._high_bits(0) << 4)
+        m = (self.scales_low >> 4) | (self._high_bits(2) << 4)
         return sc, m
+
+    def _high_bits(self, first: int) -> jax.Array:
+        """Bits `first` and `first` + 1 of each block's nibble: uint8 ``[..., N, K/32]``."""
+        # Twice the same shift: what sc and m shared, XLA would write to memory.
+        shifts = jnp.array([first, first + 4], jnp.uint8)
+        bits = (self.scales_high[..., None] >> shifts) & 3
+        return bits.reshape(*bits.shape[:-2], -1)[..., : self.scales_low.shape[-1]]
 
     def block_scales(self) -> tuple[jax.Array, jax.Array]:
         """Returns (d * sc, dmin * m), float32 ``[..., N, K/32]``: value = scale * q - minimum."""

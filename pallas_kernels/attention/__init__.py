@@ -12,7 +12,8 @@ IMPLEMENTATIONS = {"xla": xla, "reference": reference}
 
 def attention(
     q: jax.Array,
-    kv: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
     q_positions: jax.Array,
     kv_positions: jax.Array,
     *,
@@ -26,7 +27,7 @@ def attention(
 
     Args:
         q: ``[B, T, H, C]``.
-        kv: ``[B, S, 2K, C]``, K key heads, then K value heads.
+        k, v: ``[B, S, K, C]``, in any type.
         q_positions: int32 ``[B, T]``; a negative one is padding and its output is zero.
         kv_positions: int32 ``[B, S]``, in any order; a negative one is an empty slot.
         window: how many positions a query looks back, or None for all.
@@ -38,27 +39,28 @@ def attention(
     Raises:
         ValueError: shapes that do not fit together, or the named implementation cannot serve the call.
     """
-    dispatch.check_floating("attention", "q", q)
-    dispatch.check_floating("attention", "kv", kv)
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        dispatch.check_floating("attention", name, array)
     fits = (
-        q.ndim == kv.ndim == 4
-        and q.shape[0] == kv.shape[0]
-        and q.shape[3] == kv.shape[3]
-        and kv.shape[2] % 2 == 0
-        and q.shape[2] % (kv.shape[2] // 2) == 0
+        q.ndim == k.ndim == 4
+        and k.shape == v.shape
+        and q.shape[0] == k.shape[0]
+        and q.shape[3] == k.shape[3]
+        and k.shape[2] > 0
+        and q.shape[2] % k.shape[2] == 0
     )
     if not fits:
         raise ValueError(
-            f"attention: q {q.shape} and kv {kv.shape} do not fit: expected [B, T, H, C] and [B, S, 2K, C] "
-            "with H a multiple of K"
+            f"attention: q {q.shape}, k {k.shape} and v {v.shape} do not fit: expected [B, T, H, C] and twice "
+            "[B, S, K, C] with H a multiple of K"
         )
-    for name, positions, array in (("q", q_positions, q), ("kv", kv_positions, kv)):
+    for name, positions, array in (("q", q_positions, q), ("kv", kv_positions, k)):
         if positions.shape != array.shape[:2]:
             raise ValueError(
-                f"attention: {name}_positions {positions.shape} differs from {name}'s first axes {array.shape[:2]}"
+                f"attention: {name}_positions {positions.shape} differ from {name}'s first axes {array.shape[:2]}"
             )
     if window is not None and window < 1:
         raise ValueError(f"attention: window is {window}; expected None or at least 1")
-    args = (q, kv, q_positions, kv_positions)
+    args = (q, k, v, q_positions, kv_positions)
     module = dispatch.choose("attention", IMPLEMENTATIONS, implementation, *args)
     return module.attention(*args, window=window)

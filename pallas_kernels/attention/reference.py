@@ -8,15 +8,16 @@ import jax.numpy as jnp
 
 def attention(
     q: jax.Array,
-    kv: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
     q_positions: jax.Array,
     kv_positions: jax.Array,
     *,
     window: int | None,
 ) -> jax.Array:
     """See `pallas_kernels.attention.attention`."""
-    dtype, q, kv = q.dtype, q.astype(jnp.float32), kv.astype(jnp.float32)
-    k, v = jnp.split(kv, 2, axis=2)
+    dtype = q.dtype
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     groups = q.shape[2] // k.shape[2]
     k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)
     scores = jnp.einsum("BTHC,BSHC->BHTS", q, k, precision="highest")
@@ -43,7 +44,7 @@ def visible(q_positions: jax.Array, kv_positions: jax.Array, window: int | None)
 
 
 def why_not(
-    q: jax.Array, kv: jax.Array, q_positions: jax.Array, kv_positions: jax.Array
+    q: jax.Array, k: jax.Array, v: jax.Array, q_positions: jax.Array, kv_positions: jax.Array
 ) -> str | None:
     """The definition serves every call."""
     return None

@@ -24,49 +24,47 @@ _BLOCK_K = 512
 
 def attention(
     q: jax.Array,
-    kv: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
     q_positions: jax.Array,
     kv_positions: jax.Array,
     *,
     window: int | None,
 ) -> jax.Array:
     """See `pallas_kernels.attention.attention`."""
-    if q.shape[1] <= _DIRECT_QUERIES and kv.shape[1] <= _DIRECT_SLOTS:
-        return _direct(q, kv, visible(q_positions, kv_positions, window))
-    return _blocked(q, kv, q_positions, kv_positions, window)
+    if q.shape[1] <= _DIRECT_QUERIES and k.shape[1] <= _DIRECT_SLOTS:
+        return _direct(q, k, v, visible(q_positions, kv_positions, window))
+    return _blocked(q, k, v, q_positions, kv_positions, window)
 
 
 def why_not(
-    q: jax.Array, kv: jax.Array, q_positions: jax.Array, kv_positions: jax.Array
+    q: jax.Array, k: jax.Array, v: jax.Array, q_positions: jax.Array, kv_positions: jax.Array
 ) -> str | None:
     """XLA serves every call."""
     return None
 
 
-def _grouped(q: jax.Array, kv: jax.Array) -> jax.Array:
+def _grouped(q: jax.Array, k: jax.Array) -> jax.Array:
     """Query heads by the KV head they read: ``[B, T, K, G, C]`` in the type the product runs in."""
     batch, queries, heads, head_dim = q.shape
-    kv_heads = kv.shape[2] // 2
-    return q.astype(kv.dtype).reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
+    kv_heads = k.shape[2]
+    return q.astype(k.dtype).reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
 
 
-def _direct(q: jax.Array, kv: jax.Array, seen: jax.Array) -> jax.Array:
-    """All keys at once: a product, a soft-max and a product, three kernels on a GPU for one row."""
-    grouped = _grouped(q, kv)
+def _direct(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
+    """All keys at once: a product, a soft-max and a product, three kernels on a GPU."""
+    grouped = _grouped(q, k)
+    to_scores, to_values, mask = "BTKGC,BSKC->BKGTS", "BKGTS,BSKC->BTKGC", seen[:, None, None]
     if q.shape[0] == q.shape[1] == 1:
-        # Without the axes of length one XLA slices keys and values inside the products instead of copying them.
-        grouped, kv, mask = grouped[0, 0], kv[0], seen[0]
+        grouped, k, v, mask = grouped[0, 0], k[0], v[0], seen[0]
         to_scores, to_values = "KGC,SKC->KGS", "KGS,SKC->KGC"
-    else:
-        to_scores, to_values, mask = "BTKGC,BSKC->BKGTS", "BKGTS,BSKC->BTKGC", seen[:, None, None]
-    k, v = jnp.split(kv, 2, axis=-2)
-    precision = lax.Precision.HIGHEST if kv.dtype == jnp.float32 else None
+    precision = lax.Precision.HIGHEST if k.dtype == jnp.float32 else None
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision)
     scores = jnp.where(mask, einsum(to_scores, grouped, k), _NO_SCORE)
     weights = jax.nn.softmax(scores, axis=-1)
     # A query that sees nothing has equal weights everywhere, and gets zero.
     weights = jnp.where(jnp.any(mask, axis=-1, keepdims=True), weights, 0.0)
-    return einsum(to_values, weights.astype(kv.dtype), v).reshape(q.shape).astype(q.dtype)
+    return einsum(to_values, weights.astype(v.dtype), v).reshape(q.shape).astype(q.dtype)
 
 
 def _empty(q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -79,12 +77,15 @@ def _empty(q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _accumulate(
-    state: tuple[jax.Array, jax.Array, jax.Array], q: jax.Array, kv: jax.Array, seen: jax.Array
+    state: tuple[jax.Array, jax.Array, jax.Array],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    seen: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Takes one block of keys into the online softmax (Milakov and Gimelshein, arXiv:1805.02867)."""
     highest, total, values = state
-    k, v = jnp.split(kv, 2, axis=2)
-    precision = lax.Precision.HIGHEST if kv.dtype == jnp.float32 else None
+    precision = lax.Precision.HIGHEST if k.dtype == jnp.float32 else None
     scores = jnp.einsum(
         "BTKGC,BSKC->BTKGS", q, k, preferred_element_type=jnp.float32, precision=precision
     )
@@ -98,7 +99,7 @@ def _accumulate(
     rescale = jnp.exp(highest - new_highest)
     block = jnp.einsum(
         "BTKGS,BSKC->BTKGC",
-        weights.astype(kv.dtype),
+        weights.astype(v.dtype),
         v,
         preferred_element_type=jnp.float32,
         precision=precision,
@@ -113,12 +114,19 @@ def _finish(state: tuple[jax.Array, jax.Array, jax.Array], q: jax.Array) -> jax.
 
 
 def _blocked(
-    q: jax.Array, kv: jax.Array, q_positions: jax.Array, kv_positions: jax.Array, window: int | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_positions: jax.Array,
+    kv_positions: jax.Array,
+    window: int | None,
 ) -> jax.Array:
     batch, queries = q.shape[:2]
-    block_q, block_k = min(_BLOCK_Q, queries), min(_BLOCK_K, kv.shape[1])
+    # A few queries take long blocks: what a block costs them is its launches.
+    block_k = min(_DIRECT_SLOTS if queries <= _DIRECT_QUERIES else _BLOCK_K, k.shape[1])
+    block_q = min(_BLOCK_Q, queries)
     q, q_positions = _pad(q, block_q, 0), _pad(q_positions, block_q, -1)
-    kv, kv_positions = _pad(kv, block_k, 0), _pad(kv_positions, block_k, -1)
+    k, v, kv_positions = _pad(k, block_k, 0), _pad(v, block_k, 0), _pad(kv_positions, block_k, -1)
     key_blocks = kv_positions.reshape(batch, -1, block_k)
     newest = jnp.max(key_blocks, axis=(0, 2))
     oldest = jnp.min(jnp.where(key_blocks < 0, jnp.iinfo(jnp.int32).max, key_blocks), axis=(0, 2))
@@ -126,13 +134,16 @@ def _blocked(
     def one_query_block(start: jax.Array) -> jax.Array:
         q_block = lax.dynamic_slice_in_dim(q, start, block_q, axis=1)
         positions = lax.dynamic_slice_in_dim(q_positions, start, block_q, axis=1)
-        grouped = _grouped(q_block, kv)
+        grouped = _grouped(q_block, k)
         first, end = _needed(positions, oldest, newest, window)
 
         def one_key_block(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
-            kv_block = lax.dynamic_slice_in_dim(kv, i * block_k, block_k, axis=1)
-            slots = lax.dynamic_slice_in_dim(kv_positions, i * block_k, block_k, axis=1)
-            return _accumulate(state, grouped, kv_block, visible(positions, slots, window))
+            k_block, v_block, slots = (
+                lax.dynamic_slice_in_dim(x, i * block_k, block_k, axis=1)
+                for x in (k, v, kv_positions)
+            )
+            seen = visible(positions, slots, window)
+            return _accumulate(state, grouped, k_block, v_block, seen)
 
         return _finish(lax.fori_loop(first, end, one_key_block, _empty(q_block)), q_block)
 

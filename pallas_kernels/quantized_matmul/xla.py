@@ -40,7 +40,7 @@ def quantized_matmul(x: jax.Array, w: Weight, config: Config | None = None) -> j
     rows = math.prod(x.shape[:-1])
     narrower = isinstance(w, QuantizedArray) or w.dtype.itemsize < x.dtype.itemsize
     if narrower and 0 < rows <= config.max_wordwise_rows:
-        flat = x.reshape(rows, -1).astype(jnp.float32)
+        flat = x.reshape(rows, -1)
         if isinstance(w, Q6K) and rows > 1:
             # XLA finds its codes too dear to unpack in the sums and would write a float32 per word and row instead.
             # The barrier keeps the unpacking inside the loop.

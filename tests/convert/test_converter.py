@@ -211,7 +211,7 @@ from convert.converter import convert_checkpoint
 convert_checkpoint(sys.argv[1], sys.argv[2], format="bf16")
 """
 
-# Stands still within the save of the first group, in the thread that Orbax runs in, until the file sys.argv[3] is there.
+# Stands still within the save of the first group, in the thread Orbax runs in, until the file sys.argv[3] is there.
 STOPPING_WITHIN_A_SAVE = (
     """
 import sys, time

@@ -11,7 +11,7 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from bench.published import published
-from gemma_jax.cache import cache_bytes, extend, init_cache, slot_positions
+from gemma_jax.cache import KeysAndValues, cache_bytes, extend, init_cache, slot_positions
 from gemma_jax.config import Gemma4Config
 from gemma_jax.generation import decode_step, prefill
 from gemma_jax.model import Gemma4, param_shapes
@@ -39,13 +39,13 @@ def test_sliding_layers_hold_the_window_and_shared_layers_nothing(e2b: Gemma4Con
     assert len(cache.layers) == 15
     for i, kv in enumerate(cache.layers):
         slots, head_dim = (8192, 512) if e2b.is_global(i) else (512, 256)
-        assert kv.shape == (3, slots, 2, head_dim)
-    assert cache_bytes(e2b, 3, 8192) == sum(kv.size * 2 for kv in cache.layers)
+        assert kv.keys.shape == kv.values.shape == (3, slots, 1, head_dim)
+    assert cache_bytes(e2b, 3, 8192) == sum(x.size * 2 for kv in cache.layers for x in kv)
 
 
 def test_a_short_capacity_shortens_the_rings(e2b: Gemma4Config) -> None:
     cache = jax.eval_shape(lambda: init_cache(e2b, 1, 100))
-    assert {kv.shape[1] for kv in cache.layers} == {100}
+    assert {x.shape[1] for kv in cache.layers for x in kv} == {100}
 
 
 @pytest.mark.parametrize("capacity", [0, -1, 131_073])
@@ -66,28 +66,30 @@ def test_slots_hold_the_last_positions(length: int) -> None:
 @pytest.mark.parametrize("chunks", [[5], [8], [3, 1, 1, 9], [20], [1] * 11])
 def test_a_ring_keeps_exactly_the_last_window_of_any_sequence_of_chunks(chunks: list[int]) -> None:
     """Two rows, the second one token shorter in the last chunk; each token's K/V is its position + 1."""
-    kv, lengths = jnp.zeros((2, 8, 2, 4)), jnp.zeros(2, jnp.int32)
+    kv = KeysAndValues(jnp.zeros((2, 8, 1, 4)), jnp.zeros((2, 8, 1, 4)))
+    lengths = jnp.zeros(2, jnp.int32)
     for i, count in enumerate(chunks):
         positions = lengths[:, None] + jnp.arange(count)
         if i == len(chunks) - 1:
             positions = positions.at[1, -1].set(-1)
-        new = jnp.broadcast_to((positions + 1.0)[:, :, None, None], (2, count, 2, 4))
+        new = jnp.broadcast_to((positions + 1.0)[:, :, None, None], (2, count, 1, 4))
         before = lengths
-        kv, context = extend(kv, new, positions, lengths, is_ring=True)
+        kv, context = extend(kv, KeysAndValues(new, -new), positions, lengths, is_ring=True)
         lengths += jnp.sum(positions >= 0, axis=1)
         # Every position that some query of the chunk may see (the 8 up to it) is in its context.
         for row in range(2):
             held = {int(p) for p in context.positions[row] if p >= 0}
             first = max(0, int(before[row]) - 7)
             assert held >= set(range(first, int(lengths[row])))
-            stored = np.asarray(context.kv[row, :, 0, 0])
+            stored = np.asarray(context.kv.keys[row, :, 0, 0])
+            np.testing.assert_array_equal(context.kv.values, -context.kv.keys)
             valid = np.asarray(context.positions[row]) >= 0
             np.testing.assert_array_equal(
                 stored[valid], np.asarray(context.positions[row])[valid] + 1
             )
     for row in range(2):
         held = np.asarray(slot_positions(8, lengths))[row]
-        np.testing.assert_array_equal(kv[row, held >= 0, 0, 0], held[held >= 0] + 1)
+        np.testing.assert_array_equal(kv.keys[row, held >= 0, 0, 0], held[held >= 0] + 1)
 
 
 def test_decode_updates_the_donated_cache_in_place(random_checkpoints: dict[str, Path]) -> None:
@@ -95,10 +97,10 @@ def test_decode_updates_the_donated_cache_in_place(random_checkpoints: dict[str,
 
     config, params, _ = load_checkpoint(random_checkpoints["e_type"])
     cache = init_cache(config, 1, 64, jnp.float32)
-    where = [kv.unsafe_buffer_pointer() for kv in cache.layers]
+    where = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(cache.layers)]
     token, active = jnp.array([5], jnp.int32), jnp.array([True])
     _, cache = decode_step(params, token, active, cache, model=Gemma4(config))
-    assert [kv.unsafe_buffer_pointer() for kv in cache.layers] == where
+    assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(cache.layers)] == where
 
 
 @pytest.mark.heavy

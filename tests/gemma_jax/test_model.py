@@ -121,7 +121,9 @@ def test_chunked_prefill_equals_unchunked(
     whole, whole_cache = run(64)
     chunked, chunked_cache = run(16)
     assert np.abs(chunked - whole).max() <= SAME * np.ptp(whole)
-    for a, b in zip(chunked_cache.layers, whole_cache.layers, strict=True):
+    for a, b in zip(
+        jax.tree.leaves(chunked_cache.layers), jax.tree.leaves(whole_cache.layers), strict=True
+    ):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 

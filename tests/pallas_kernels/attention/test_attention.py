@@ -18,11 +18,16 @@ implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
 def definition(
-    q: np.ndarray, kv: np.ndarray, qp: np.ndarray, kp: np.ndarray, window: int | None
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    qp: np.ndarray,
+    kp: np.ndarray,
+    window: int | None,
 ) -> np.ndarray:
-    q, kv = q.astype(np.float64), kv.astype(np.float64)
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
     batch, queries, heads, _ = q.shape
-    kv_heads = kv.shape[2] // 2
+    kv_heads = k.shape[2]
     out = np.zeros(q.shape)
     for b in range(batch):
         for t in range(queries):
@@ -34,41 +39,43 @@ def definition(
                 continue
             for h in range(heads):
                 head = h // (heads // kv_heads)
-                scores = kv[b, seen, head] @ q[b, t, h]
+                scores = k[b, seen, head] @ q[b, t, h]
                 weights = np.exp(scores - scores.max())
-                out[b, t, h] = weights @ kv[b, seen, kv_heads + head] / weights.sum()
+                out[b, t, h] = weights @ v[b, seen, head] / weights.sum()
     return out
 
 
 def inputs(seed: int, b: int, t: int, s: int, h: int, k: int, c: int) -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(seed)
     q = rng.standard_normal((b, t, h, c), dtype=np.float32)
-    kv = rng.standard_normal((b, s, 2 * k, c), dtype=np.float32) / np.float32(c**0.25)
-    return q, kv
+    keys, values = rng.standard_normal((2, b, s, k, c), dtype=np.float32) / np.float32(c**0.25)
+    return q, keys, values
 
 
 def check(
     implementation: str,
     q: np.ndarray,
-    kv: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
     qp: np.ndarray,
     kp: np.ndarray,
     window: int | None,
     dtype: jnp.dtype = jnp.float32,
 ) -> None:
-    q, kv = (np.asarray(jnp.asarray(x, dtype)) for x in (q, kv))
+    q, k, v = (np.asarray(jnp.asarray(x, dtype)) for x in (q, k, v))
     have = attention(
         jnp.asarray(q),
-        jnp.asarray(kv),
+        jnp.asarray(k),
+        jnp.asarray(v),
         jnp.asarray(qp, jnp.int32),
         jnp.asarray(kp, jnp.int32),
         window=window,
         implementation=implementation,
     )
     assert have.dtype == dtype
-    tolerance = kv.shape[1] * 2.0**-22 if dtype == jnp.float32 else 4 * 2.0**-9
-    largest = np.abs(kv.astype(np.float64)).max()
-    want = definition(q, kv, np.asarray(qp), np.asarray(kp), window)
+    tolerance = k.shape[1] * 2.0**-22 if dtype == jnp.float32 else 4 * 2.0**-9
+    largest = np.abs(v.astype(np.float64)).max()
+    want = definition(q, k, v, np.asarray(qp), np.asarray(kp), window)
     np.testing.assert_allclose(np.asarray(have, np.float64), want, rtol=0, atol=tolerance * largest)
 
 
@@ -76,8 +83,8 @@ def check(
 @pytest.mark.parametrize("name", CASES)
 def test_decode_of_every_gemma_shape(implementation: str, name: str) -> None:
     heads, kv_heads, head_dim, window = CASES[name]
-    q, kv = inputs(0, 2, 1, 40, heads, kv_heads, head_dim)
-    check(implementation, q, kv, [[39], [11]], np.tile(np.arange(40), (2, 1)), window and 16)
+    q, k, v = inputs(0, 2, 1, 40, heads, kv_heads, head_dim)
+    check(implementation, q, k, v, [[39], [11]], np.tile(np.arange(40), (2, 1)), window and 16)
 
 
 @implementations
@@ -87,44 +94,56 @@ def test_prefill_around_block_and_window_edges(
     implementation: str, dtype: jnp.dtype, window: int | None
 ) -> None:
     """600 queries and keys: two and a bit blocks of queries, one and a bit of keys."""
-    q, kv = inputs(1, 1, 600, 600, 2, 1, 8)
+    q, k, v = inputs(1, 1, 600, 600, 2, 1, 8)
     positions = np.arange(600)[None]
-    check(implementation, q, kv, positions, positions, window, dtype)
+    check(implementation, q, k, v, positions, positions, window, dtype)
 
 
 @implementations
 def test_ragged_rows_padding_and_empty_rows(implementation: str) -> None:
-    q, kv = inputs(2, 3, 20, 30, 4, 2, 8)
+    q, k, v = inputs(2, 3, 20, 30, 4, 2, 8)
     qp, kp = np.full((3, 20), -1), np.full((3, 30), -1)
     qp[0], kp[0] = np.arange(10, 30), np.arange(30)
     qp[1, :1], kp[1, :1] = 0, 0  # a row of length 1; row 2 has nothing at all
-    check(implementation, q, kv, qp, kp, None)
+    check(implementation, q, k, v, qp, kp, None)
 
 
 @implementations
 @pytest.mark.parametrize("queries", [1, 4, 12])
 def test_slots_may_be_in_any_order(implementation: str, queries: int) -> None:
     """A ring after it wrapped, as in decode and in verifying drafts."""
-    q, kv = inputs(3, 1, queries, 16, 4, 1, 8)
+    q, k, v = inputs(3, 1, queries, 16, 4, 1, 8)
     kp = (np.arange(16) - 5) % 16 + 40
-    check(implementation, q, kv, kp.max() - np.arange(queries)[None, ::-1], kp[None], 9)
+    check(implementation, q, k, v, kp.max() - np.arange(queries)[None, ::-1], kp[None], 9)
 
 
 @implementations
 def test_a_long_cache_is_read_in_blocks(implementation: str) -> None:
-    q, kv = inputs(4, 2, 1, 5000, 2, 2, 8)
+    q, k, v = inputs(4, 2, 1, 5000, 2, 2, 8)
     kp = np.where(np.arange(5000) < np.array([[4097], [3]]), np.arange(5000), -1)
-    check(implementation, q, kv, [[4096], [2]], kp, None)
+    check(implementation, q, k, v, [[4096], [2]], kp, None)
+
+
+def test_decode_reads_only_the_filled_blocks_of_a_long_cache() -> None:
+    """What lies past them may be anything: even a weight of zero would let a NaN through."""
+    q, k, v = (jnp.asarray(x) for x in inputs(5, 1, 1, 20_000, 4, 2, 8))
+    filled = 4096  # a block of the XLA form
+    slots = jnp.arange(20_000)[None]
+    kp = jnp.where(slots < filled, slots, -1)
+    qp = jnp.array([[filled - 1]])
+    poisoned = (x.at[:, filled:].set(jnp.nan) for x in (k, v))
+    have = attention(q, *poisoned, qp, kp, implementation="xla")
+    want = attention(q, k[:, :filled], v[:, :filled], qp, kp[:, :filled], implementation="xla")
+    np.testing.assert_allclose(have, want, rtol=0, atol=filled * 2.0**-22 * float(jnp.abs(v).max()))
 
 
 def test_window_keeps_exactly_window_keys() -> None:
     """Values that are one-hot in their slot show which keys were averaged."""
     slots = 12
-    kv = np.zeros((1, slots, 2, slots), np.float32)
-    kv[0, :, 1] = np.eye(slots)
-    q = np.zeros((1, slots, 1, slots), np.float32)
+    q = k = jnp.zeros((1, slots, 1, slots))
+    v = jnp.eye(slots)[None, :, None]
     positions = jnp.arange(slots)[None]
-    out = attention(jnp.asarray(q), jnp.asarray(kv), positions, positions, window=4)
+    out = attention(q, k, v, positions, positions, window=4)
     for t in range(slots):
         np.testing.assert_array_equal(np.flatnonzero(out[0, t, 0]), np.arange(max(0, t - 3), t + 1))
 
@@ -148,7 +167,8 @@ def test_memory_is_linear_in_the_length() -> None:
 
         program = jax.jit(attention).lower(
             shape(1, length, 2, 64),
-            shape(1, length, 2, 64),
+            shape(1, length, 1, 64),
+            shape(1, length, 1, 64),
             shape(1, length, dtype=jnp.int32),
             shape(1, length, dtype=jnp.int32),
         )
@@ -158,20 +178,22 @@ def test_memory_is_linear_in_the_length() -> None:
 
 
 @pytest.mark.parametrize(
-    ("q", "kv", "message"),
+    ("q", "k", "v", "message"),
     [
-        ((1, 2, 3, 8), (1, 4, 4, 8), "multiple of K"),
-        ((1, 2, 4, 8), (2, 4, 2, 8), "do not fit"),
-        ((1, 2, 4, 8), (1, 4, 2, 16), "do not fit"),
-        ((1, 2, 4, 8), (1, 4, 3, 8), "do not fit"),
+        ((1, 2, 3, 8), (1, 4, 2, 8), (1, 4, 2, 8), "multiple of K"),
+        ((1, 2, 4, 8), (2, 4, 1, 8), (2, 4, 1, 8), "do not fit"),
+        ((1, 2, 4, 8), (1, 4, 1, 16), (1, 4, 1, 16), "do not fit"),
+        ((1, 2, 4, 8), (1, 4, 2, 8), (1, 4, 1, 8), r"v \(1, 4, 1, 8\) do not fit"),
+        ((1, 2, 4, 8), (1, 4, 0, 8), (1, 4, 0, 8), "do not fit"),
     ],
 )
-def test_shapes_that_do_not_fit_are_named(q: tuple, kv: tuple, message: str) -> None:
+def test_shapes_that_do_not_fit_are_named(q: tuple, k: tuple, v: tuple, message: str) -> None:
+    arrays = [jnp.zeros(shape) for shape in (q, k, v)]
     with pytest.raises(ValueError, match=message):
-        attention(jnp.zeros(q), jnp.zeros(kv), jnp.zeros(q[:2], int), jnp.zeros(kv[:2], int))
+        attention(*arrays, jnp.zeros(q[:2], int), jnp.zeros(k[:2], int))
 
 
 def test_an_unknown_implementation_is_refused() -> None:
-    q, kv, p = jnp.zeros((1, 1, 1, 2)), jnp.zeros((1, 1, 2, 2)), jnp.zeros((1, 1), int)
+    x, p = jnp.zeros((1, 1, 1, 2)), jnp.zeros((1, 1), int)
     with pytest.raises(ValueError, match="expected None or one of xla, reference"):
-        attention(q, kv, p, p, implementation="cudnn")
+        attention(x, x, x, p, p, implementation="cudnn")

@@ -1,0 +1,64 @@
+"""The word-wise products as GPUs run them, in every form, against the dequantized matrix in float64.
+
+Calls the form by name: on a CPU `weighted_sums` takes another.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import quantize, wordwise
+from pallas_kernels.arrays import FORMATS
+
+# Least matrix sizes of the two forms without conversion, such that the matrices below take each.
+FORMS = {"small": (1 << 62, 1 << 62), "large": (0, 1 << 62), "huge": (0, 0)}
+
+
+@pytest.mark.parametrize("k", [256, 704, 2112, 2560])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("format", FORMATS)
+def test_sums_are_those_of_the_dequantized_matrix(
+    format: str, dtype: jnp.dtype, form: str, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wordwise, "_LARGE", FORMS[form][0])
+    monkeypatch.setattr(wordwise, "_HUGE", FORMS[form][1])
+    rng = np.random.default_rng(k)
+    w = quantize(jnp.asarray(rng.standard_normal((24, k), dtype=np.float32) + 0.5), format)
+    x = jnp.asarray(rng.standard_normal(k), dtype)
+    have = np.asarray(wordwise._sums_in_one_step(x, w))
+    values, xs = np.asarray(w.dequantize(), np.float64), np.asarray(x, np.float64)
+    # Each of the k products takes part in at most k / 8 + 40 additions, whose roundings of 2**-24 add up like a random
+    # walk, four deviations of it. Where a code is read as 1 + q / 256, what is added is up to 272 / 15 times the code's
+    # own range, and that is at most the range of the row.
+    span = np.ptp(values, axis=1) if format == "q4k" else np.abs(values).max(axis=1)
+    walk = np.sqrt(k / 8 + 40) * np.linalg.norm(xs) * span * (272 / 15 if form != "small" else 2)
+    bound = 4 * 2.0**-24 * walk
+    assert np.all(bound < np.abs(values).mean(axis=1) / 4)  # one code that is read wrongly shows
+    assert np.all(np.abs(have - values @ xs) <= bound)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_of_a_batch_and_of_experts_are_those_of_one(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under vmap over both, as `expert_matmul` calls it."""
+    monkeypatch.setattr(wordwise, "_LARGE", FORMS[form][0])
+    monkeypatch.setattr(wordwise, "_HUGE", FORMS[form][1])
+    rng = np.random.default_rng(1)
+    w = quantize(jnp.asarray(rng.standard_normal((3, 16, 256), dtype=np.float32)), "q4k")
+    x = jnp.asarray(rng.standard_normal((3, 256)), jnp.bfloat16)
+    have = jax.vmap(wordwise._sums_in_one_step)(x, w)
+    want = [wordwise._sums_in_one_step(x[i], w[i]) for i in range(3)]
+    np.testing.assert_array_equal(have, jnp.stack(want))
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "parts"), [(256, 320, 8), (2560, 1280, 2), (6144, 320, 1), (64, 88, 2)]
+)
+def test_short_matrices_are_split_along_k(rows: int, words: int, parts: int) -> None:
+    """Enough sums for a GPU, and never fewer than 40 words in one."""
+    assert wordwise._parts(rows, words) == parts
