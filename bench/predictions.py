@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from bench.plan import DECODE, OURS, median
-from bench.tables import Sweep, megabytes, number, table
+from bench.tables import NOT_MEASURED, Sweep, megabytes, number, table
 
 _KEYS = ("model", "format", "implementation", "target")
 
@@ -61,7 +61,10 @@ def section(statics: Sequence[tuple[str, dict[str, Any]]], sweeps: Sequence[Swee
                 [
                     *(str(entry[key]) for key in _KEYS),
                     str(entry.get("tokens", "")),
-                    f"{entry['flops'] / entry['flops_min']:.2f}",
+                    # XLA does not count every program's operations.
+                    f"{entry['flops'] / entry['flops_min']:.2f}"
+                    if entry["flops"]
+                    else NOT_MEASURED,
                     megabytes(entry["temp_bytes"]),
                 ]
                 for entry in prefill

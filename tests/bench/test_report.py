@@ -316,6 +316,12 @@ def test_a_prediction_of_something_else_is_compared_with_nothing(
     assert compare([STATIC["decode"][0] | change], sweeps) == []
 
 
+def test_operations_that_were_not_counted_leave_a_dash(tmp_path: Path) -> None:
+    prefill = [STATIC["prefill"][0] | {"flops": None}]
+    text = text_of(written(tmp_path, STATIC | {"prefill": prefill}, "static.json"))
+    assert "| e2b | q4k | xla | toy | 512 | – | 5.00 |" in text
+
+
 def test_predictions_alone_say_that_no_card_has_checked_them(tmp_path: Path) -> None:
     text = text_of(written(tmp_path, STATIC, "static.json"))
     assert "No card has run a case that was predicted." in text
