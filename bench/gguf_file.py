@@ -2,7 +2,8 @@
 
     python -m bench.gguf_file MODEL FORMAT OUT.gguf
 
-MODEL is a bundled model, a folder, a hub id, or the name of a published architecture, which gets random weights.
+MODEL is a bundled model, a folder, a hub id, or the name of an architecture in `bench.published`, which gets random
+weights.
 
 | ours | GGML | |
 |---|---|---|
@@ -37,7 +38,8 @@ from flax.traverse_util import flatten_dict
 from gguf import GGMLQuantizationType as Kind
 
 from bench.gguf_vocabulary import add_vocabulary
-from bench.published import PUBLISHED, published
+from bench.published import PUBLISHED, SMALL, published
+from bench.random_weights import random_params
 from convert.policy import AS_STORED, format_of
 from gemma_jax.checkpoints import resolve
 from gemma_jax.config import Gemma4Config
@@ -122,13 +124,14 @@ def write_gguf(
 
     Raises:
       ValueError: an unknown format, a parameter that is missing, misshaped or in another format, a tokenizer that does
-        not fit the model. `path` is left as it was.
+        not fit the model, KV-shared layers that llama.cpp would give other keys. `path` is left as it was.
       OSError: the file cannot be written. Likewise.
     """
     if weight_format not in FILE_TYPES:
         raise ValueError(
             f"weight_format is {weight_format!r}; expected one of {', '.join(FILE_TYPES)}"
         )
+    _check_sharing(config)
     weights = _checked(params, config, weight_format)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GEMMA4])
@@ -162,6 +165,20 @@ def write_gguf(
             writer.close()
         partial.unlink(missing_ok=True)
         raise
+
+
+def _check_sharing(config: Gemma4Config) -> None:
+    """Raises ValueError unless the last two layers with K/V of their own are a sliding and a global one, in this order.
+
+    llama.cpp takes the keys and values of shared layers from these two places without looking at what they are.
+    """
+    own = config.first_kv_shared_layer
+    kinds = [config.is_global(i) for i in range(max(0, own - 2), own)]
+    if config.num_kv_shared_layers and kinds != [False, True]:
+        raise ValueError(
+            f"num_kv_shared_layers is {config.num_kv_shared_layers}: for llama.cpp the layers before "
+            "the shared ones must end with a sliding and a global one"
+        )
 
 
 def _checked(params: Params, config: Gemma4Config, weight_format: str) -> dict[str, Weight]:
@@ -342,9 +359,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _load(model: str, weight_format: str, seed: int) -> tuple[Gemma4Config, Params, Path | None]:
     """Architecture, parameters and, where the checkpoint has one, its ``tokenizer.json``."""
-    if model in PUBLISHED:
-        from bench.random_weights import random_params
-
+    if model in (*PUBLISHED, *SMALL):
         config = published(model)
         return config, random_params(config, weight_format, seed), None
     from convert import hub  # Orbax is slow to import

@@ -19,6 +19,7 @@ from gguf import GGUFReader
 
 from bench import gguf_file
 from bench.gguf_file import main, write_gguf
+from bench.published import PUBLISHED, published
 from convert.policy import format_of
 from gemma_jax.checkpoints import resolve
 from gemma_jax.config import GLOBAL, SLIDING, Gemma4Config
@@ -303,6 +304,18 @@ def test_errors_name_the_parameter(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"not a tokenizer\.json"):
         write_gguf(good, config, path, weight_format="q4k", tokenizer=tokenizer)
     assert list(tmp_path.iterdir()) == [tokenizer]
+
+
+def test_sharing_that_llama_cpp_reads_otherwise_is_refused(tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        CONFIGS["per_layer_embeddings"],
+        num_kv_shared_layers=1,
+        layer_types=(SLIDING, GLOBAL, SLIDING, SLIDING),
+    )
+    with pytest.raises(ValueError, match="num_kv_shared_layers is 1"):
+        write_gguf({}, config, tmp_path / "model.gguf", weight_format="bf16")
+    for name in PUBLISHED:
+        gguf_file._check_sharing(published(name))
 
 
 def test_the_command_line_reports_bad_input_in_one_line(
