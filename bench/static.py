@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ from bench import aot, hlo
 from bench.environment import environment
 from bench.published import published
 from bench.random_weights import abstract_params
+from gemma_jax import xla_flags
 from gemma_jax.cache import KVCache, init_cache
 from gemma_jax.config import Gemma4Config
 from gemma_jax.generation import PREFILL_CHUNK, decode_step, prefill
@@ -240,6 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-prefill", action="store_true", help="decode only")
     options = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
+    os.environ["XLA_FLAGS"] = xla_flags.with_defaults(os.environ.get("XLA_FLAGS", ""))
     merged: dict[str, Any] = {"decode": [], "prefill": [], "kernels": []}
     if len(options.target) == 1:
         merged = report(options, options.target[0])

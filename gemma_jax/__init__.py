@@ -23,6 +23,7 @@ Pure functions for JAX code:
 True
 """
 
+from gemma_jax import xla_flags
 from gemma_jax.cache import KVCache, cache_bytes, init_cache
 from gemma_jax.config import Gemma4Config
 from gemma_jax.generation import (
@@ -64,3 +65,5 @@ __all__ = [
     "stack_sampling",
     "start",
 ]
+
+xla_flags.enable()

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from pallas_kernels.arrays import BLOCK, EQ8_0, Q4K, Q6K, QuantizedArray, Weight
 
 # Weights of a matrix from which on its instructions matter more than a GPU's launches, …
-_LARGE = 1 << 21
+_LARGE = 1 << 22
 # … and from which on what all rows need of x is worth a launch of its own.
 _HUGE = 12_000_000
 # Sums that keep a GPU busy.

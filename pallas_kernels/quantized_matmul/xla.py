@@ -58,6 +58,9 @@ def matmul_dense(x: jax.Array, w: Weight) -> jax.Array:
     """float32 ``x [..., K] @ w [N, K].T`` as one dot, in x's type or, for plain w, the wider of the two."""
     quantized = isinstance(w, QuantizedArray)
     dtype = x.dtype if quantized else jnp.promote_types(x.dtype, w.dtype)
+    if quantized:
+        # Not before x is there: XLA would otherwise dequantize the matrices of all layers ahead of their use.
+        x, w = jax.lax.optimization_barrier((x, w))
     return jax.lax.dot_general(
         x.astype(dtype),
         dense(w, dtype),

@@ -19,10 +19,10 @@ from bench.static import DEPTH, abstract_params, decode_bytes_min, prefill_flops
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     ("model", "weight_format", "most_kernels_per_layer"),
-    [("e4b", "eq8_0", 25), ("e4b", "q4k", 27)],
+    [("e4b", "eq8_0", 22), ("e4b", "q4k", 22.7)],
 )
 def test_decode_copies_no_cache_and_materialises_no_weight(
-    tmp_path: Path, model: str, weight_format: str, most_kernels_per_layer: int
+    tmp_path: Path, model: str, weight_format: str, most_kernels_per_layer: float
 ) -> None:
     """Eight layers of E4B, two of them KV-shared; the head and the loop are in the count of kernels."""
     pytest.importorskip("jax_plugins.xla_cuda13")
@@ -33,9 +33,9 @@ def test_decode_copies_no_cache_and_materialises_no_weight(
     [entry] = json.loads(file.read_text())["decode"]
     assert entry["cache_copies"] == 0
     assert entry["kernels_per_layer"] <= most_kernels_per_layer
-    assert 1 <= entry["bytes_per_token"] / entry["bytes_min"] <= 1.1
+    assert 1 <= entry["bytes_per_token"] / entry["bytes_min"] <= 1.03
     # The smallest matrix of a layer that is worth naming, o, would take 10 MB in bfloat16.
-    assert entry["temp_bytes"] < 7e6
+    assert entry["temp_bytes"] < 4e6
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
