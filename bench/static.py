@@ -159,6 +159,7 @@ def prefill_entry(
     # XLA does not analyse the cost of programs for absent GPUs; it does for what they are compiled from.
     cost: Any = prefill.lower(*arguments, model=model).cost_analysis()
     return {
+        "batch": 1,
         "tokens": PREFILL_CHUNK,
         "flops": cost["flops"],
         "flops_min": prefill_flops_min(config, PREFILL_CHUNK),
@@ -227,6 +228,14 @@ def report(options: argparse.Namespace, target: str) -> dict[str, list[dict[str,
                 if not options.no_prefill:
                     entry = prefill_entry(config, weight_format, implementation, target)
                     out["prefill"].append(what | entry)
+                    print(
+                        f"{target} {name} {weight_format} prefill of {entry['tokens']}: "
+                        f"{entry['flops'] / 1e9:.0f} GFLOP ({entry['flops'] / entry['flops_min']:.2f} of the minimum), "
+                        f"{entry['temp_bytes'] / 1e6:.0f} MB of temporaries; "
+                        f"compiled in {entry['compile_seconds']:.0f} s",
+                        file=sys.stderr,
+                        flush=True,
+                    )
     return out
 
 
@@ -237,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--format", nargs="+", choices=WEIGHT_FORMATS, default=WEIGHT_FORMATS)
     parser.add_argument("--target", nargs="+", choices=aot.TARGETS, default=aot.TARGETS)
-    parser.add_argument("--batch", nargs="+", type=int, default=[1])
+    parser.add_argument("--batch", nargs="*", type=int, default=[1], help="none: prefill only")
     parser.add_argument("--layers", type=int, help="only the first layers, for a quick look")
     parser.add_argument("--no-prefill", action="store_true", help="decode only")
     options = parser.parse_args(argv)

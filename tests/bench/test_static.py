@@ -38,6 +38,23 @@ def test_decode_copies_no_cache_and_materialises_no_weight(
     assert entry["temp_bytes"] < 4e6
 
 
+@pytest.mark.heavy
+def test_prefill_dequantizes_one_layer_at_a_time(tmp_path: Path) -> None:
+    pytest.importorskip("jax_plugins.xla_cuda13")
+    temporaries = {}
+    for layers in (2, 4):
+        file = tmp_path / f"{layers}.json"
+        command = [sys.executable, "-m", "bench.static", "--target", "h200", "--json", str(file)]
+        command += ["--model", "e4b", "--format", "eq8_0", "--layers", str(layers), "--batch"]
+        subprocess.run(command, check=True)
+        [entry] = json.loads(file.read_text())["prefill"]
+        assert 1 <= entry["flops"] / entry["flops_min"] < 1.1
+        temporaries[layers] = entry["temp_bytes"]
+    largest_matrix = 2 * 20480 * 2560  # in bfloat16
+    assert temporaries[4] - temporaries[2] < largest_matrix / 4
+    assert temporaries[4] < 2 * largest_matrix
+
+
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_the_least_traffic_of_bfloat16_is_two_bytes_a_weight_read(model: str) -> None:
     config = published(model)
