@@ -10,6 +10,7 @@ import functools
 import math
 import operator
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,24 +26,41 @@ _FEWEST_SUMS = 5120
 
 
 def weighted_sums(x: jax.Array, w: Weight) -> jax.Array:
-    """Returns ``sum_k x[k] * w[..., n, k]`` for x ``[K]``, added up in float32: float32 ``[..., N]``."""
+    """Returns ``sum_k x[m, k] * w[n, k]`` for x ``[M, K]``, added up in float32: float32 ``[M, N]``."""
     if not isinstance(w, QuantizedArray):
-        return jnp.sum(w.astype(jnp.float32) * x.astype(jnp.float32), axis=-1)
+        wide = w.astype(jnp.float32)
+        return _together([jnp.sum(wide * row, axis=-1) for row in x.astype(jnp.float32)])
     return jax.lax.platform_dependent(x, w, cpu=_sums_in_two_steps, default=_sums_in_one_step)
 
 
+def _together(sums: list[jax.Array]) -> jax.Array:
+    """Stacks the rows' sums over one matrix such that XLA merges them into one kernel, which reads it once."""
+    return jnp.stack(jax.lax.optimization_barrier(sums) if len(sums) > 1 else sums)
+
+
 def _terms(x: jax.Array, w: QuantizedArray) -> jax.Array:
-    """One float32 term per word of codes."""
+    """One float32 term per word of codes, for one row of x."""
     if isinstance(w, Q4K):
         return _q4k_terms(x, w)
     return _eq8_0_terms(x, w) if isinstance(w, EQ8_0) else _q6k_terms(x, w)
 
 
 def _sums_in_one_step(x: jax.Array, w: QuantizedArray) -> jax.Array:
-    if isinstance(w, Q4K) and x.dtype == jnp.bfloat16 and _matrix_size(w) >= _LARGE:
-        terms = _q4k_terms_without_conversion(x, w)
+    if x.shape[0] > 1:
+        # In memory, rows one after the other: whatever computes x may have another order.
+        x = jax.lax.optimization_barrier(x)
+    rows: Iterable[jax.Array]
+    if isinstance(w, Q4K) and x.dtype == jnp.bfloat16 and _matrix_size(w) >= _HUGE:
+        places = _shared_places(x)
+        rows = (_q4k_terms_shared(places.of_row(m), w) for m in range(len(x)))
+    elif isinstance(w, Q4K) and x.dtype == jnp.bfloat16 and _matrix_size(w) >= _LARGE:
+        rows = (_q4k_terms_without_conversion(row, w) for row in x)
     else:
-        terms = _terms(x, w)
+        rows = (_terms(row, w) for row in x)
+    return _together([_sums_of_parts(terms) for terms in rows])
+
+
+def _sums_of_parts(terms: jax.Array) -> jax.Array:
     parts = _parts(terms.shape[-2], terms.shape[-1])
     if parts == 1:
         return jnp.sum(terms, axis=-1)
@@ -69,31 +87,37 @@ def _parts(rows: int, words: int) -> int:
 def _sums_in_two_steps(x: jax.Array, w: QuantizedArray) -> jax.Array:
     # XLA:CPU vectorizes an element-wise loop over words but not one fused into a sum: writing the terms (an eighth or a
     # quarter of the elements) and summing them in a second loop is 15 to 40 times faster.
-    return jnp.sum(jax.lax.optimization_barrier(_terms(x, w)), axis=-1)
+    return jnp.stack([jnp.sum(jax.lax.optimization_barrier(_terms(row, w)), axis=-1) for row in x])
 
 
 def _q4k_terms_without_conversion(x: jax.Array, w: Q4K) -> jax.Array:
     """`_q4k_terms` of bfloat16 x with no conversion from integer to float, which is slow on GPUs.
 
-    A code q put into the mantissa of 1.0 at bits 19-22 reads as ``1 + q / 16``, at bits 15-18 as ``1 + q / 256``.
+    A code q put into the mantissa of 1.0 at bits 19-22 reads as ``1 + q / 16``.
     """
+    by_place = x.astype(jnp.float32).reshape(-1, 8).T
+    codes = [_in_mantissa(_shifted(w.codes, 19 - 4 * i), 0x00780000) for i in range(8)]
+    words = _dot([code - 1 for code in codes], by_place)
+    # The sum of x by way of the codes: XLA would compute one of x alone in a kernel of its own.
+    sum_x = _dot(codes, by_place) - words
+    return _scaled_terms(16 * words, sum_x, w)
+
+
+def _q4k_terms_shared(places: _Places, w: Q4K) -> jax.Array:
+    """`_q4k_terms_without_conversion` from what `_shared_places` computed of x.
+
+    One shift serves both nibbles of a byte: at bits 15-18 a code reads as ``1 + q / 256``. With x times 16 for those,
+    the sum of products is ``sum(q * x) / 16`` plus a sum over x alone.
+    """
+    halves = [_shifted(w.codes, 15 - 8 * i) for i in range(4)]
+    codes = [_in_mantissa(half, mask) for mask in (0x00078000, 0x00780000) for half in halves]
+    words = _dot(codes, [*places.even, *places.odd]) - (places.sum_even + places.sum_odd)
+    return _scaled_terms(16 * words, places.sum_even / 16 + places.sum_odd, w)
+
+
+def _scaled_terms(words: jax.Array, sum_x: jax.Array, w: Q4K) -> jax.Array:
+    """Per word: scale * words - minimum * sum_x."""
     scale, minimum = w.block_scales()
-    if _matrix_size(w) < _HUGE:
-        by_place = x.astype(jnp.float32).reshape(-1, 8).T
-        codes = [_in_mantissa(_shifted(w.codes, 19 - 4 * i), 0x00780000) for i in range(8)]
-        words = _dot([code - 1 for code in codes], by_place)
-        # The sum of x by way of the codes: XLA would compute one of x alone in a kernel of its own.
-        sum_x = _dot(codes, by_place) - words
-        words = 16 * words
-    else:
-        # One shift serves both nibbles of a byte. With x times 16 for the lower ones, the sum of products is
-        # sum(q * x) / 16 plus a sum over x alone.
-        even, odd, sum_even, sum_odd = _shared_places(x)
-        sum_x = sum_even / 16 + sum_odd
-        halves = [_shifted(w.codes, 15 - 8 * i) for i in range(4)]
-        codes = [_in_mantissa(half, mask) for mask in (0x00078000, 0x00780000) for half in halves]
-        words = _dot(codes, [*even, *odd])
-        words = 16 * (words - (sum_even + sum_odd))
     terms = words.reshape(*scale.shape, BLOCK // 8) * scale[..., None]
     terms -= minimum[..., None] * sum_x.reshape(*sum_x.shape[:-1], -1, BLOCK // 8)
     return terms.reshape(words.shape)
@@ -117,44 +141,48 @@ def _in_mantissa(words: jax.Array, mask: int) -> jax.Array:
     return jax.lax.bitcast_convert_type((words & mask) | 0x3F800000, jnp.float32)
 
 
-def _shared_places(
-    x: jax.Array,
-) -> tuple[list[jax.Array], list[jax.Array], jax.Array, jax.Array]:
-    """What all rows of a Q4K product need of bfloat16 x for each word of eight elements, written once by a kernel.
+class _Places(NamedTuple):
+    """What all rows of a Q4K product need of bfloat16 x, float32 ``[M, K/8]``: for each word of eight elements
 
-    Returns:
-        float32 ``[K/8]`` each: 16 times the elements at the four even places, those at the odd ones, and the two sums.
+    even: 16 times the elements at the four even places; odd: those at the odd ones; sum_even, sum_odd: their sums.
     """
-    pairs = x.reshape(-1, 4, 2)
+
+    even: list[jax.Array]
+    odd: list[jax.Array]
+    sum_even: jax.Array
+    sum_odd: jax.Array
+
+    def of_row(self, m: int) -> _Places:
+        """``[K/8]``: those of row m."""
+        return jax.tree.map(lambda v: v[m], self)
+
+
+def _shared_places(x: jax.Array) -> _Places:
+    """Written once by a kernel, 32 bytes a word, which a row of the weights reads in two loads."""
+    pairs = x.reshape(len(x), -1, 4, 2)
     even, odd = pairs[..., 0] * 16, pairs[..., 1]  # a power of two: exact
     sums = [
-        functools.reduce(operator.add, [v[:, i].astype(jnp.float32) for i in range(4)])
+        functools.reduce(operator.add, [v[..., i].astype(jnp.float32) for i in range(4)])
         for v in (even, odd)
     ]
     bits = [jax.lax.bitcast_convert_type(v, jnp.uint16).astype(jnp.uint32) for v in (even, odd)]
     summed = jax.lax.bitcast_convert_type(jnp.stack(sums, axis=-1), jnp.uint32)
-    # 32 bytes a word, which a row of the weights reads in two loads. Flat, so that XLA cannot choose a layout in which
-    # they lie apart.
     rows = jnp.concatenate([bits[0] | (bits[1] << 16), summed, jnp.zeros_like(summed)], axis=-1)
-    rows = jax.lax.optimization_barrier(rows.reshape(-1)).reshape(-1, 8)
+    # Flat, so that XLA cannot choose a layout in which a word's numbers lie apart.
+    rows = jax.lax.optimization_barrier(rows.reshape(-1)).reshape(len(x), -1, 8)
     upper = jnp.uint32(0xFFFF0000)
-    columns = [rows[:, i] << 16 for i in range(4)] + [rows[:, i] & upper for i in range(4)]
-    columns += [rows[:, 4], rows[:, 5]]
+    columns = [rows[..., i] << 16 for i in range(4)] + [rows[..., i] & upper for i in range(4)]
+    columns += [rows[..., 4], rows[..., 5]]
     values = [jax.lax.bitcast_convert_type(v, jnp.float32) for v in columns]
-    return values[:4], values[4:8], values[8], values[9]
+    return _Places(values[:4], values[4:8], values[8], values[9])
 
 
 def _q4k_terms(x: jax.Array, w: Q4K) -> jax.Array:
     """Per word: scale * sum(q * x) - minimum * sum(x)."""
-    scale, minimum = w.block_scales()
-    by_place = x.reshape(-1, 8).T
-    fields = [((w.codes >> (4 * i)) & 15).astype(jnp.int32) for i in range(8)]
-    words = _dot(fields, by_place)
-    blocked = (*scale.shape, BLOCK // 8)
+    by_place = x.astype(jnp.float32).reshape(-1, 8).T
+    words = _dot([((w.codes >> (4 * i)) & 15).astype(jnp.int32) for i in range(8)], by_place)
     # Added up on the spot: as a sum of its own it would cost a GPU one more launch than the multiply-adds it saves.
-    sum_x = functools.reduce(operator.add, by_place.astype(jnp.float32)).reshape(-1, BLOCK // 8)
-    terms = words.reshape(blocked) * scale[..., None] - minimum[..., None] * sum_x
-    return terms.reshape(words.shape)
+    return _scaled_terms(words, functools.reduce(operator.add, by_place), w)
 
 
 def _eq8_0_terms(x: jax.Array, w: EQ8_0) -> jax.Array:

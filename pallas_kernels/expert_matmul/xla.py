@@ -43,7 +43,7 @@ def expert_matmul(
     config = config or default_config(x, w, expert_ids)
     if x.shape[0] <= config.max_wordwise_rows:
         chosen = jax.tree.map(lambda plane: plane[expert_ids], w)
-        return jax.vmap(weighted_sums)(x, chosen)
+        return jax.vmap(weighted_sums)(x[:, None], chosen)[:, 0]
     return _by_blocks(x, w, expert_ids, config.block_m)
 
 

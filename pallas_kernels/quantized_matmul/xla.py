@@ -45,11 +45,11 @@ def quantized_matmul(x: jax.Array, w: Weight, config: Config | None = None) -> j
             # XLA finds its codes too dear to unpack in the sums and would write a float32 per word and row instead.
             # The barrier keeps the unpacking inside the loop.
             sums = jax.lax.map(
-                lambda row: weighted_sums(*jax.lax.optimization_barrier((row, w))), flat
+                lambda row: weighted_sums(*jax.lax.optimization_barrier((row, w)))[0],
+                flat[:, None],
             )
         else:
-            # One sum per row over the same operand: XLA merges them into a kernel that reads the weights once.
-            sums = jnp.stack([weighted_sums(flat[m], w) for m in range(rows)])
+            sums = weighted_sums(flat, w)
         return sums.reshape(*x.shape[:-1], -1)
     return matmul_dense(x, w)
 

@@ -29,7 +29,7 @@ def test_sums_are_those_of_the_dequantized_matrix(
     rng = np.random.default_rng(k)
     w = quantize(jnp.asarray(rng.standard_normal((24, k), dtype=np.float32) + 0.5), format)
     x = jnp.asarray(rng.standard_normal(k), dtype)
-    have = np.asarray(wordwise._sums_in_one_step(x, w))
+    have = np.asarray(wordwise._sums_in_one_step(x[None], w))[0]
     values, xs = np.asarray(w.dequantize(), np.float64), np.asarray(x, np.float64)
     # Each of the k products takes part in at most k / 8 + 40 additions, whose roundings of 2**-24 add up like a random
     # walk, four deviations of it. Where a code is read as 1 + q / 256, what is added is up to 272 / 15 times the code's
@@ -45,15 +45,17 @@ def test_sums_are_those_of_the_dequantized_matrix(
 def test_rows_of_a_batch_and_of_experts_are_those_of_one(
     form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under vmap over both, as `expert_matmul` calls it."""
+    """Siblings over one matrix, and vmap over both as `expert_matmul` calls it."""
     monkeypatch.setattr(wordwise, "_LARGE", FORMS[form][0])
     monkeypatch.setattr(wordwise, "_HUGE", FORMS[form][1])
     rng = np.random.default_rng(1)
     w = quantize(jnp.asarray(rng.standard_normal((3, 16, 256), dtype=np.float32)), "q4k")
-    x = jnp.asarray(rng.standard_normal((3, 256)), jnp.bfloat16)
-    have = jax.vmap(wordwise._sums_in_one_step)(x, w)
+    x = jnp.asarray(rng.standard_normal((3, 1, 256)), jnp.bfloat16)
     want = [wordwise._sums_in_one_step(x[i], w[i]) for i in range(3)]
+    have = jax.vmap(wordwise._sums_in_one_step)(x, w)
     np.testing.assert_array_equal(have, jnp.stack(want))
+    siblings = wordwise._sums_in_one_step(x[:, 0], w[1])
+    np.testing.assert_array_equal(siblings[1], want[1][0])
 
 
 @pytest.mark.parametrize(
