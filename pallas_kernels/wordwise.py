@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import wordwise_cpu
 from pallas_kernels.arrays import BLOCK, EQ8_0, Q4K, Q6K, QuantizedArray, Weight
 
 # Weights of a matrix from which on its instructions matter more than a GPU's launches, …
@@ -30,7 +31,9 @@ def weighted_sums(x: jax.Array, w: Weight) -> jax.Array:
     if not isinstance(w, QuantizedArray):
         wide = w.astype(jnp.float32)
         return _together([jnp.sum(wide * row, axis=-1) for row in x.astype(jnp.float32)])
-    return jax.lax.platform_dependent(x, w, cpu=_sums_in_two_steps, default=_sums_in_one_step)
+    return jax.lax.platform_dependent(
+        x, w, cpu=wordwise_cpu.weighted_sums, default=_sums_in_one_step
+    )
 
 
 def _together(sums: list[jax.Array]) -> jax.Array:
@@ -82,12 +85,6 @@ def _parts(rows: int, words: int) -> int:
     while rows * parts < _FEWEST_SUMS and words % (2 * parts) == 0 and words // (2 * parts) >= 40:
         parts *= 2
     return parts
-
-
-def _sums_in_two_steps(x: jax.Array, w: QuantizedArray) -> jax.Array:
-    # XLA:CPU vectorizes an element-wise loop over words but not one fused into a sum: writing the terms (an eighth or a
-    # quarter of the elements) and summing them in a second loop is 15 to 40 times faster.
-    return jnp.stack([jnp.sum(jax.lax.optimization_barrier(_terms(row, w)), axis=-1) for row in x])
 
 
 def _q4k_terms_without_conversion(x: jax.Array, w: Q4K) -> jax.Array:

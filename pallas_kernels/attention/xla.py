@@ -8,6 +8,7 @@ with the filled part of the cache and not with its capacity.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from pallas_kernels.attention.reference import visible
 _NO_SCORE = -1e30  # finite, so that a query which sees nothing gives 0 / 1 and not NaN
 _DIRECT_QUERIES = 8
 _DIRECT_SLOTS = 4096
+_FEW_KV_HEADS = 2
 _BLOCK_Q = 256
 _BLOCK_K = 512
 
@@ -53,18 +55,51 @@ def _grouped(q: jax.Array, k: jax.Array) -> jax.Array:
 
 def _direct(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
     """All keys at once: a product, a soft-max and a product, three kernels on a GPU."""
+    if q.shape[0] == q.shape[1] == 1 and k.shape[2] <= _FEW_KV_HEADS:
+        return lax.platform_dependent(
+            q, k, v, seen, cpu=_direct_in_cache_order, default=_direct_by_head
+        )
+    return _direct_by_head(q, k, v, seen)
+
+
+def _direct_by_head(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
     grouped = _grouped(q, k)
     to_scores, to_values, mask = "BTKGC,BSKC->BKGTS", "BKGTS,BSKC->BTKGC", seen[:, None, None]
     if q.shape[0] == q.shape[1] == 1:
         grouped, k, v, mask = grouped[0, 0], k[0], v[0], seen[0]
         to_scores, to_values = "KGC,SKC->KGS", "KGS,SKC->KGC"
-    precision = lax.Precision.HIGHEST if k.dtype == jnp.float32 else None
-    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision)
-    scores = jnp.where(mask, einsum(to_scores, grouped, k), _NO_SCORE)
-    weights = jax.nn.softmax(scores, axis=-1)
-    # A query that sees nothing has equal weights everywhere, and gets zero.
-    weights = jnp.where(jnp.any(mask, axis=-1, keepdims=True), weights, 0.0)
+    einsum = _einsum(k.dtype)
+    weights = _softmax(einsum(to_scores, grouped, k), mask)
     return einsum(to_values, weights.astype(v.dtype), v).reshape(q.shape).astype(q.dtype)
+
+
+def _direct_in_cache_order(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
+    """`_direct_by_head` for one query, with every query head multiplied by every KV head and the others' left out.
+
+    XLA:CPU copies keys and values into another order for a batched product at every step. As two plain products over
+    the cache as it lies, with K times the work, it is 2.5 to 3.6 times faster for one or two KV heads.
+    """
+    _, slots, kv_heads, head_dim = k.shape
+    k, v = lax.optimization_barrier((k, v))  # otherwise XLA transposes the cache and not the scores
+    einsum = _einsum(k.dtype)
+    scores = einsum("XC,HC->XH", k.reshape(-1, head_dim), q[0, 0].astype(k.dtype))
+    own = jnp.arange(kv_heads)
+    by_head = scores.reshape(slots, kv_heads, kv_heads, -1)[:, own, own]  # [S, K, G]
+    weights = _softmax(jnp.moveaxis(by_head, 0, -1), seen[0])
+    spread = jnp.where(own == own[:, None, None, None], weights[..., None], 0.0)  # [K, G, S, K]
+    spread = spread.reshape(-1, slots * kv_heads).astype(v.dtype)
+    return einsum("HX,XC->HC", spread, v.reshape(-1, head_dim)).reshape(q.shape).astype(q.dtype)
+
+
+def _einsum(dtype: jnp.dtype) -> Callable[..., jax.Array]:
+    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    return functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision)
+
+
+def _softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """Over the last axis, where `mask` is true; a query that sees nothing gets zeros."""
+    weights = jax.nn.softmax(jnp.where(mask, scores, _NO_SCORE), axis=-1)
+    return jnp.where(jnp.any(mask, axis=-1, keepdims=True), weights, 0.0)
 
 
 def _empty(q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import quantize, wordwise
-from pallas_kernels.arrays import FORMATS
+from pallas_kernels import quantize, wordwise, wordwise_cpu
+from pallas_kernels.arrays import FORMATS, Q4K
 
 # Least matrix sizes of the two forms without conversion, such that the matrices below take each.
 FORMS = {"small": (1 << 62, 1 << 62), "large": (0, 1 << 62), "huge": (0, 0)}
@@ -64,3 +64,29 @@ def test_rows_of_a_batch_and_of_experts_are_those_of_one(
 def test_short_matrices_are_split_along_k(rows: int, words: int, parts: int) -> None:
     """Enough sums for a GPU, and never fewer than 40 words in one."""
     assert wordwise._parts(rows, words) == parts
+
+
+@pytest.mark.parametrize("k", [256, 704, 768, 2112])
+@pytest.mark.parametrize("format", FORMATS)
+def test_sums_as_a_cpu_runs_them(format: str, k: int) -> None:
+    rng = np.random.default_rng(k)
+    w = quantize(jnp.asarray(rng.standard_normal((24, k), dtype=np.float32)), format)
+    x = jnp.asarray(rng.standard_normal((2, k)), jnp.float32)
+    have = np.asarray(wordwise_cpu.weighted_sums(x, w))
+    values, xs = np.asarray(w.dequantize(), np.float64), np.asarray(x, np.float64)
+    # At most k / 16 + 40 roundings; Q4K's minimum and Q6K's 32 are sums of their own, of up to twice the terms' size.
+    bound = 4 * 2.0**-24 * np.sqrt(k / 16 + 40) * 4 * np.abs(values).max() * np.linalg.norm(xs)
+    np.testing.assert_allclose(have, xs @ values.T, rtol=0, atol=bound)
+    assert bound < np.abs(values).mean() / 4  # one code that is read wrongly shows
+
+
+def test_a_decode_loop_on_a_cpu_unpacks_no_codes_ahead() -> None:
+    """What the loop over tokens carries is no larger than the quantized matrix it was given."""
+    w = FORMATS["q4k"].abstract((1024, 1024))
+
+    def loop(x: jax.Array, w: Q4K, steps: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, steps, lambda _, x: wordwise.weighted_sums(x, w), x)
+
+    shape = jax.ShapeDtypeStruct
+    program = jax.jit(loop).lower(shape((1, 1024), jnp.float32), w, shape((), jnp.int32)).compile()
+    assert program.memory_analysis().temp_size_in_bytes < w.nbytes
