@@ -83,7 +83,7 @@ class LlamaCpp:
                 continue  # one that nobody asked for any more
             return {
                 "seconds": [nanoseconds / 1e9 for nanoseconds in values["samples_ns"]],
-                "command": shlex.join(self._command),
+                "command": shlex.join(_without_folders(self._command)),
                 "weight_bytes": values.get("model_size"),
                 "engine_settings": {k: values[k] for k in _OF_A_CASE if k in values},
                 "peer": {k: values[k] for k in _FACTS if k in values},
@@ -162,3 +162,8 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _without_folders(command: list[str]) -> list[str]:
+    """A command as it is published: which files it names, not where they lay on the machine that ran it."""
+    return [Path(word).name if Path(word).is_absolute() else word for word in command]

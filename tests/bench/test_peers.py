@@ -78,6 +78,7 @@ def test_llama_bench_loads_a_model_once_a_phase_and_gives_its_samples(fake: Path
     assert decode[8:] == ["-p", "0", "-n", "16", "-d", "32,64"]
     assert prefill[8:] == ["-n", "0", "-p", "128,512"]
     assert measured[0]["command"].endswith("-p 0 -n 16 -d 32,64")
+    assert str(fake.parent) not in measured[0]["command"]  # where files lay is nobody's business
     assert measured[0]["weight_bytes"] == 123
     assert measured[0]["peer"] == {"build_commit": "0ad4a86", "build_number": 1, "backends": "CPU"}
 
