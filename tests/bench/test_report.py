@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import statistics
@@ -55,7 +56,7 @@ def content() -> dict[str, Any]:
         "settings": settings | {"prefix_cache": False, "seed": 0},
         "runs": [run],
         "results": results,
-        "ceilings": toy_engine.CEILINGS,
+        "ceilings": copy.deepcopy(toy_engine.CEILINGS),
     }
 
 

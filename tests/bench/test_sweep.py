@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -52,7 +53,10 @@ class InProcess:
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
     """Sweeps measure the toy; the list of groups that were opened."""
-    known = {"environment": dict(toy_engine.ENVIRONMENT), "ceilings": toy_engine.CEILINGS}
+    known = {
+        "environment": dict(toy_engine.ENVIRONMENT),
+        "ceilings": copy.deepcopy(toy_engine.CEILINGS),
+    }
     monkeypatch.setattr(sweep, "Worker", InProcess)
     monkeypatch.setattr(sweep, "in_own_process", lambda function, *_: known[function.__name__])
     monkeypatch.setattr(InProcess, "opened", [])
