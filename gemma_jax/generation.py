@@ -85,8 +85,8 @@ def prefill(
       params: the model's parameters.
       tokens: int32 ``[B, T]``, each row's prompt, then anything.
       lengths: int32 ``[B]``, 1 to T tokens of each row count.
-      cache: what precedes the prompt, usually empty (`gemma_jax.init_cache`); donated. Positions past its capacity are
-        dropped, so ``cache.lengths + lengths`` must not exceed it.
+      cache: what precedes the prompt, usually empty (`gemma_jax.init_cache`); donated.
+        ``cache.lengths + lengths`` must not exceed its capacity.
       model: the decoder (static).
 
     Returns:
@@ -127,7 +127,8 @@ def decode_step(
     Args:
       params: the model's parameters.
       token: int32 ``[B]``.
-      active: bool ``[B]``; the other rows change nothing and their logits mean nothing.
+      active: bool ``[B]``; the other rows keep their lengths and what they hold below them, and their logits mean
+        nothing. A cache of a single row must have room for one more position, whether the row is active or not.
       cache: donated, so that it is updated in place.
       model: the decoder (static).
 
