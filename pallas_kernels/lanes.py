@@ -1,0 +1,458 @@
+"""Programs for one lane of a warp, written once and run twice: as PTX in a Mosaic GPU kernel, as arrays on a CPU.
+
+Pallas has no word for ``mma.sync``, ``prmt`` or a 16-byte load per lane. A *lane program* is a Python function of an
+instruction set: `Ptx` emits what its methods name, for the one lane that runs it; `Emulated` does the same to arrays
+``[4, 32]`` (the warps of a warpgroup and their lanes), one array for each register. So the twin that a CPU runs in
+Pallas' GPU interpret mode is the program itself, and a test of it sees every lane.
+
+Values pass between lane programs, loops and branches of a kernel as arrays ``[4, 32, n]``: n registers of each lane.
+
+Fragments of ``mma.m16n8k16`` (PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type"), lane = 4 g + t:
+
+    A, 16 x 16   a0 = (g, 2t..2t+1)  a1 = (g+8, 2t..2t+1)  a2 = (g, 2t+8..2t+9)  a3 = (g+8, 2t+8..2t+9)
+    B, 16 x 8    b0 = (2t..2t+1, g)  b1 = (2t+8..2t+9, g)
+    C, 16 x 8    c0, c1 = (g, 2t..2t+1)  c2, c3 = (g+8, 2t..2t+1)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+WARPS, LANES = 4, 32
+Register = Any
+Registers = list[Register]
+U32, F32 = jnp.uint32, jnp.float32
+
+_interpreted = contextvars.ContextVar("interpreted", default=False)
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Kernels traced inside run on a CPU, in Pallas' GPU interpret mode: slow, and equal lane by lane."""
+    token = _interpreted.set(True)
+    try:
+        yield
+    finally:
+        _interpreted.reset(token)
+
+
+def is_interpreted() -> bool:
+    """Whether kernels are being traced for a CPU."""
+    return _interpreted.get()
+
+
+def interpret_params() -> Any:
+    """The ``interpret`` argument of `plgpu.kernel`."""
+    return plgpu.InterpretGPUParams() if is_interpreted() else None
+
+
+def zeros(n: int) -> jax.Array:
+    """n registers of every lane, zero: float32 ``[4, 32, n]``."""
+    value = jnp.zeros((WARPS, LANES, n), F32)
+    return value if is_interpreted() else plgpu.layout_cast(value, _layout(n))
+
+
+def run(
+    program: Callable[..., Sequence[Registers]],
+    results: Sequence[tuple[int, Any]] = (),
+    *,
+    refs: Sequence[Any] = (),
+    arrays: Sequence[jax.Array] = (),
+    scalars: Sequence[jax.Array] = (),
+) -> list[jax.Array]:
+    """Runs ``program(instructions, refs, arrays, scalars)`` in every lane of this warpgroup.
+
+    Args:
+        program: gets the instruction set, the refs, each array as a list of registers, each scalar as a register, and
+            returns as many lists of registers as `results` has entries.
+        results: (registers, dtype) of each array to return; dtypes are uint32 or float32.
+        refs: in global or shared memory, whole: addresses are the program's business.
+        arrays: ``[4, 32, n]``.
+        scalars: int32, the same for all lanes.
+
+    Returns:
+        Arrays ``[4, 32, n]``.
+    """
+    if is_interpreted():
+        inputs = [[a[..., i] for i in range(a.shape[-1])] for a in arrays]
+        out = program(Emulated(), list(refs), inputs, [_everywhere(s) for s in scalars])
+        return [jnp.stack(registers, axis=-1) for registers in out]
+
+    kinds = (
+        [plgpu.RefType()] * len(refs),
+        [_layout(a.shape[-1]) for a in arrays],
+        [plgpu.Layout.WG_SPLAT] * len(scalars),
+    )
+    shapes = [
+        plgpu.ShapeDtypeStruct((WARPS, LANES, n), dtype, layout=_layout(n)) for n, dtype in results
+    ]
+
+    @plgpu.inline_mgpu(arg_types=kinds, return_type=shapes or None)
+    def inlined(_, refs, arrays, scalars):
+        inputs = [_unpack(array.registers.item()) for array in arrays]
+        singles = [scalar.registers.item() for scalar in scalars]
+        out = program(Ptx(), refs, inputs, singles)
+        fragments = []
+        for registers in out:
+            n = len(registers)
+            words = np.array(_pack(registers), dtype=object)
+            layout = _layout(n).to_mgpu()
+            signed = None if ir.F32Type.isinstance(registers[0].type) else False
+            fragments.append(
+                fa.FragmentedArray(
+                    _registers=words.reshape(layout.registers_shape((WARPS, LANES, n))),
+                    _layout=layout,
+                    _is_signed=signed,
+                )
+            )
+        return fragments or None
+
+    flat = inlined(list(refs), list(arrays), list(scalars))
+    return list(flat) if flat is not None else []
+
+
+def _layout(n: int) -> Any:
+    tiling = fa.Tiling(((WARPS, LANES, n),))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+
+
+def _unpack(value: ir.Value) -> Registers:
+    [n] = ir.VectorType(value.type).shape
+    return [
+        vector.extract(value, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
+        for i in range(n)
+    ]
+
+
+def _pack(registers: Registers) -> ir.Value:
+    out = llvm.mlir_undef(ir.VectorType.get((len(registers),), registers[0].type))
+    for i, register in enumerate(registers):
+        out = llvm.insertelement(out, register, position=_constant(i))
+    return out
+
+
+def _constant(value: int) -> ir.Value:
+    i32 = ir.IntegerType.get_signless(32)
+    return arith.constant(i32, ir.IntegerAttr.get(i32, value - (value >> 31 << 32)))
+
+
+class Ptx:
+    """Emits PTX for the lane that runs it. Registers are MLIR values of type i32 or f32."""
+
+    def __init__(self) -> None:
+        self.i32 = ir.IntegerType.get_signless(32)
+        self.f32 = ir.F32Type.get()
+
+    def _asm(self, result: Any, text: str, constraints: str, *operands: Any, effects=False) -> Any:
+        return llvm.inline_asm(result, list(operands), text, constraints, has_side_effects=effects)
+
+    def u32(self, value: int) -> Register:
+        return _constant(value)
+
+    def number(self, value: float) -> Register:
+        return arith.constant(self.f32, ir.FloatAttr.get(self.f32, value))
+
+    def lane(self) -> Register:
+        return arith.remui(mgpu_utils.thread_idx(), _constant(LANES))
+
+    def warp(self) -> Register:
+        thread = arith.remui(mgpu_utils.thread_idx(), _constant(WARPS * LANES))
+        return arith.divui(thread, _constant(LANES))
+
+    def iadd(self, a: Register, b: Register) -> Register:
+        return arith.addi(a, b)
+
+    def imul(self, a: Register, b: Register) -> Register:
+        return arith.muli(a, b)
+
+    def idiv(self, a: Register, b: Register) -> Register:
+        return arith.divui(a, b)
+
+    def irem(self, a: Register, b: Register) -> Register:
+        return arith.remui(a, b)
+
+    def imin(self, a: Register, b: Register) -> Register:
+        return arith.minui(a, b)
+
+    def less(self, a: Register, b: Register) -> Register:
+        return arith.cmpi(arith.CmpIPredicate.ult, a, b)
+
+    def both(self, a: Register, b: Register) -> Register:
+        return arith.andi(a, b)
+
+    def and_(self, a: Register, mask: int) -> Register:
+        return arith.andi(a, _constant(mask))
+
+    def or_(self, a: Register, b: Register) -> Register:
+        return arith.ori(a, b)
+
+    def xor(self, a: Register, mask: int) -> Register:
+        return arith.xori(a, _constant(mask))
+
+    def shift_right(self, a: Register, bits: int) -> Register:
+        return arith.shrui(a, _constant(bits)) if bits else a
+
+    def shift_left(self, a: Register, bits: int) -> Register:
+        return arith.shli(a, _constant(bits)) if bits else a
+
+    def and_or(self, a: Register, mask: int, bits: int) -> Register:
+        text = f"lop3.b32 $0, $1, {mask:#x}, {bits:#x}, 0xEA;"
+        return self._asm(self.i32, text, "=r,r", a)
+
+    def and_or_register(self, a: Register, mask: int, b: Register) -> Register:
+        return self._asm(self.i32, f"lop3.b32 $0, $1, {mask:#x}, $2, 0xEA;", "=r,r,r", a, b)
+
+    def bytes_of(self, a: Register, b: int, selector: int) -> Register:
+        return self._asm(self.i32, f"prmt.b32 $0, $1, {b:#x}, {selector:#x};", "=r,r", a)
+
+    def subtract_bf16x2(self, a: Register, b: Register) -> Register:
+        return self._asm(self.i32, "sub.rn.bf16x2 $0, $1, $2;", "=r,r,r", a, b)
+
+    def float_of_half(self, a: Register, place: int) -> Register:
+        words = ("h, dropped", "dropped, h")[place]
+        text = f"{{ .reg .b16 h, dropped; mov.b32 {{{words}}}, $1; cvt.f32.f16 $0, h; }}"
+        return self._asm(self.f32, text, "=f,r", a)
+
+    def float_of_bits(self, a: Register) -> Register:
+        return arith.bitcast(self.f32, a)
+
+    def bits_of_float(self, a: Register) -> Register:
+        return arith.bitcast(self.i32, a)
+
+    def fadd(self, a: Register, b: Register) -> Register:
+        return self._asm(self.f32, "add.rn.f32 $0, $1, $2;", "=f,f,f", a, b)
+
+    def fmul(self, a: Register, b: Register) -> Register:
+        return self._asm(self.f32, "mul.rn.f32 $0, $1, $2;", "=f,f,f", a, b)
+
+    def fma(self, a: Register, b: Register, c: Register) -> Register:
+        return self._asm(self.f32, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", a, b, c)
+
+    def mma(self, a: Registers, b: Registers, c: Registers) -> Registers:
+        four = llvm.StructType.get_literal([self.f32] * 4)
+        text = (
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+            "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+        )
+        out = self._asm(four, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", *a, *b, *c)
+        return [llvm.extractvalue(self.f32, out, [i]) for i in range(4)]
+
+    def load(
+        self, ref: Any, word: Register, n: int, *, where: Register | None = None, streamed=False
+    ) -> Registers:
+        """n 32-bit words (1, 2 or 4, aligned) from word `word` of `ref` on; zeros where `where` is false.
+
+        Streamed words bypass L1 and draw the rest of their 256 bytes into L2.
+        """
+        space, pointer, width = self._pointer(ref, word)
+        hints = ".nc.L1::no_allocate.L2::256B" if streamed else ""
+        outs = ", ".join(f"${i}" for i in range(n))
+        vector_suffix = "" if n == 1 else f".v{n}"
+        target = outs if n == 1 else f"{{{outs}}}"
+        text = f"ld.{space}{hints}{vector_suffix}.b32 {target}, [${n}];"
+        operands = [pointer]
+        constraints = ",".join(["=r"] * n + [width])
+        if where is not None:
+            zeroed = " ".join(f"mov.b32 ${i}, 0;" for i in range(n))
+            text = f"{{ .reg .pred p; setp.ne.b32 p, ${n + 1}, 0; {zeroed} @p {text} }}"
+            constraints = ",".join(["=&r"] * n + [width, "r"])
+            operands.append(arith.extui(self.i32, where))
+        effects = not streamed
+        if n == 1:
+            return [self._asm(self.i32, text, constraints, *operands, effects=effects)]
+        struct = llvm.StructType.get_literal([self.i32] * n)
+        out = self._asm(struct, text, constraints, *operands, effects=effects)
+        return [llvm.extractvalue(self.i32, out, [i]) for i in range(n)]
+
+    def store(
+        self, ref: Any, word: Register, values: Registers, *, where: Register | None = None
+    ) -> None:
+        """Writes float32 or 32-bit integer `values` to word `word` of `ref` and those after it, where `where`."""
+        space, pointer, width = self._pointer(ref, word)
+        n = len(values)
+        kind = "f" if ir.F32Type.isinstance(values[0].type) else "r"
+        names = ", ".join(f"${i + 1}" for i in range(n))
+        text = f"st.{space}{'' if n == 1 else f'.v{n}'}.b32 [$0], {names if n == 1 else f'{{{names}}}'};"
+        operands = [pointer, *values]
+        constraints = [width, *[kind] * n]
+        if where is not None:
+            text = f"{{ .reg .pred p; setp.ne.b32 p, ${n + 1}, 0; @p {text} }}"
+            operands.append(arith.extui(self.i32, where))
+            constraints.append("r")
+        self._asm(None, text, ",".join(constraints), *operands, effects=True)
+
+    def _pointer(self, ref: Any, word: Register) -> tuple[str, ir.Value, str]:
+        shared = mgpu_utils.is_smem_ref(ref)
+        i64 = ir.IntegerType.get_signless(64)
+        if shared:
+            base = llvm.ptrtoint(self.i32, mgpu_utils.memref_ptr(ref, memory_space=3))
+            return "shared", arith.addi(base, arith.muli(word, _constant(4))), "r"
+        base = llvm.ptrtoint(i64, mgpu_utils.memref_ptr(ref))
+        offset = arith.muli(arith.extui(i64, word), arith.constant(i64, 4))
+        return "global", arith.addi(base, offset), "l"
+
+
+def _everywhere(scalar: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(jnp.asarray(scalar).astype(U32), (WARPS, LANES))
+
+
+class Emulated:
+    """The same instructions on arrays ``[4, 32]``: what every lane of a warpgroup holds in a register."""
+
+    def u32(self, value: int) -> Register:
+        return jnp.full((WARPS, LANES), np.uint32(value & 0xFFFFFFFF))
+
+    def number(self, value: float) -> Register:
+        return jnp.full((WARPS, LANES), value, F32)
+
+    def lane(self) -> Register:
+        return lax.broadcasted_iota(U32, (WARPS, LANES), 1)
+
+    def warp(self) -> Register:
+        return lax.broadcasted_iota(U32, (WARPS, LANES), 0)
+
+    def iadd(self, a: Register, b: Register) -> Register:
+        return a + b
+
+    def imul(self, a: Register, b: Register) -> Register:
+        return a * b
+
+    def idiv(self, a: Register, b: Register) -> Register:
+        return a // b
+
+    def irem(self, a: Register, b: Register) -> Register:
+        return a % b
+
+    def imin(self, a: Register, b: Register) -> Register:
+        return jnp.minimum(a, b)
+
+    def less(self, a: Register, b: Register) -> Register:
+        return a < b
+
+    def both(self, a: Register, b: Register) -> Register:
+        return a & b
+
+    def and_(self, a: Register, mask: int) -> Register:
+        return a & np.uint32(mask)
+
+    def or_(self, a: Register, b: Register) -> Register:
+        return a | b
+
+    def xor(self, a: Register, mask: int) -> Register:
+        return a ^ np.uint32(mask)
+
+    def shift_right(self, a: Register, bits: int) -> Register:
+        return a >> np.uint32(bits)
+
+    def shift_left(self, a: Register, bits: int) -> Register:
+        return a << np.uint32(bits)
+
+    def and_or(self, a: Register, mask: int, bits: int) -> Register:
+        return (a & np.uint32(mask)) | np.uint32(bits)
+
+    def and_or_register(self, a: Register, mask: int, b: Register) -> Register:
+        return (a & np.uint32(mask)) | b
+
+    def bytes_of(self, a: Register, b: int, selector: int) -> Register:
+        out = jnp.zeros_like(a)
+        for place in range(4):
+            which = (selector >> (4 * place)) & 15
+            assert which < 8, "sign replication is not modelled"
+            source = a if which < 4 else self.u32(b)
+            byte = (source >> np.uint32(8 * (which % 4))) & np.uint32(255)
+            out |= byte << np.uint32(8 * place)
+        return out
+
+    def subtract_bf16x2(self, a: Register, b: Register) -> Register:
+        return _word_of_bf16(_bf16_of_word(a) - _bf16_of_word(b))
+
+    def float_of_half(self, a: Register, place: int) -> Register:
+        half = (a >> np.uint32(16 * place)).astype(jnp.uint16)
+        return lax.bitcast_convert_type(half, jnp.float16).astype(F32)
+
+    def float_of_bits(self, a: Register) -> Register:
+        return lax.bitcast_convert_type(a, F32)
+
+    def bits_of_float(self, a: Register) -> Register:
+        return lax.bitcast_convert_type(a, U32)
+
+    def fadd(self, a: Register, b: Register) -> Register:
+        return a + b
+
+    def fmul(self, a: Register, b: Register) -> Register:
+        return a * b
+
+    def fma(self, a: Register, b: Register, c: Register) -> Register:
+        return a * b + c
+
+    def mma(self, a: Registers, b: Registers, c: Registers) -> Registers:
+        product = jnp.einsum("wmk,wkn->wmn", _matrix_a(a), _matrix_b(b), precision="highest")
+        # c0, c1 of row g, then those of row g + 8: [warp, half, g, t, pair]
+        by_lane = product.reshape(WARPS, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4)
+        by_lane = by_lane.reshape(WARPS, LANES, 4)
+        return [c[i] + by_lane[..., i] for i in range(4)]
+
+    def load(
+        self, ref: Any, word: Register, n: int, *, where: Register | None = None, streamed=False
+    ) -> Registers:
+        words = _words(ref[...])
+        word = jnp.broadcast_to(word, (WARPS, LANES)).astype(jnp.int32)
+        out = [words.at[word + i].get(mode="fill", fill_value=0xDEADBEEF) for i in range(n)]
+        return out if where is None else [jnp.where(where, r, 0) for r in out]
+
+    def store(
+        self, ref: Any, word: Register, values: Registers, *, where: Register | None = None
+    ) -> None:
+        content = ref[...]
+        flat = content.reshape(-1)
+        where = jnp.ones((WARPS, LANES), bool) if where is None else where
+        word = jnp.where(where, word.astype(jnp.int32), flat.shape[0])
+        for i, value in enumerate(values):
+            flat = flat.at[word + i].set(value.astype(flat.dtype), mode="drop")
+        ref[...] = flat.reshape(content.shape)
+
+
+def _words(content: jax.Array) -> jax.Array:
+    """The bytes of an array as 32-bit words."""
+    flat = content.reshape(-1)
+    if flat.dtype.itemsize == 4:
+        return lax.bitcast_convert_type(flat, U32)
+    return lax.bitcast_convert_type(flat.reshape(-1, 4 // flat.dtype.itemsize), U32)
+
+
+def _bf16_of_word(word: Register) -> jax.Array:
+    """float32 ``[..., 2]``: the low and the high half as bfloat16."""
+    halves = jnp.stack([word << np.uint32(16), word & np.uint32(0xFFFF0000)], axis=-1)
+    return lax.bitcast_convert_type(halves, F32)
+
+
+def _word_of_bf16(pair: jax.Array) -> Register:
+    bits = lax.bitcast_convert_type(pair.astype(jnp.bfloat16), jnp.uint16).astype(U32)
+    return bits[..., 0] | (bits[..., 1] << np.uint32(16))
+
+
+def _matrix_a(a: Registers) -> jax.Array:
+    """``[warp, 16, 16]``: rows (half of a0/a1, g), columns (half of a0/a2, t, pair)."""
+    words = jnp.stack([_bf16_of_word(register) for register in a], axis=2)
+    words = words.reshape(WARPS, 8, 4, 2, 2, 2)  # warp, g, t, column half, row half, pair
+    return words.transpose(0, 4, 1, 3, 2, 5).reshape(WARPS, 16, 16)
+
+
+def _matrix_b(b: Registers) -> jax.Array:
+    """``[warp, 16, 8]``: rows (b0/b1, t, pair), columns g."""
+    words = jnp.stack([_bf16_of_word(register) for register in b], axis=2)
+    words = words.reshape(WARPS, 8, 4, 2, 2)  # warp, g, t, row half, pair
+    return words.transpose(0, 3, 2, 4, 1).reshape(WARPS, 16, 8)
