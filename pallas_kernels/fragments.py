@@ -13,6 +13,8 @@ that sum.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,11 +29,16 @@ MAX_ROWS = 16  # of x: two tiles of eight columns in the product
 _MAGIC = 0x43004300  # a pair of bfloat16 128
 _MINUS_128 = 0xC300C300
 _MINUS_160 = 0xC320C320
-_FLOAT_2_23 = 0x4B000000
 
 # A lane's x: `x(tile, first, words)` are `words` 32-bit words, two elements each, of its column of x in column tile
 # `tile`, from column `first` of the chunk on, moved by the lane's own share of that.
 LoadX = Callable[[int, int, int], Registers]
+Done = Callable[[int], None]
+
+
+# `load(instructions, refs, unit, where)`: the registers of one piece of a unit; where `where` is false something that
+# stands for weights of 0.
+Load = Callable[[Any, Sequence[Any], Register, Register], Registers]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,18 +46,33 @@ class Units:
     """A weight format to the kernels.
 
     chunk: C, columns of a unit.
-    planes: the arrays to pass to the kernel.
-    registers: how many 32-bit registers of a unit a lane holds.
-    load: ``load(instructions, refs, unit, where)`` gives them; zeros, which stand for weights of 0, where false.
-    multiply: ``multiply(instructions, registers, x, sums, columns)`` returns `sums` plus the unit's product. Sums are
-        4 registers for each tile of columns, in the order of C; `columns` says which of each pair to compute.
+    planes: the arrays to pass to the kernel, in the order of `Load`'s refs.
+    pieces: a unit's pieces and how many registers each takes in a lane.
+    multiply: ``multiply(instructions, pieces, done, constants, x, sums, columns)`` returns `sums` plus the unit's
+        product. It calls ``done(p)`` when it has no more use for piece p: the kernel then loads that of the next unit into
+        the registers that are free. Sums are 4 registers for each tile of columns, in the order of C; `columns` says
+        which of each pair to compute.
+    constants: the words of which `multiply` wants an A operand full, which the kernel makes once.
     """
 
     chunk: int
     planes: tuple[jax.Array, ...]
-    registers: int
-    load: Callable[[Any, Sequence[Any], Register, Register | None], Registers]
-    multiply: Callable[[Any, Registers, LoadX, list[Registers], tuple[int, ...]], list[Registers]]
+    pieces: tuple[tuple[int, Load], ...]
+    multiply: Callable[..., list[Registers]]
+    constants: tuple[int, ...] = ()
+
+    @property
+    def registers(self) -> int:
+        """How many registers of a lane hold a unit."""
+        return sum(count for count, _ in self.pieces)
+
+    def split(self, registers: Registers) -> list[Registers]:
+        """A lane's registers by piece."""
+        ends = list(itertools.accumulate(count for count, _ in self.pieces))
+        return [
+            registers[end - count : end]
+            for end, (count, _) in zip(ends, self.pieces, strict=True)
+        ]
 
 
 def units(w: Weight) -> Units:
@@ -58,54 +80,21 @@ def units(w: Weight) -> Units:
 
     >>> import jax.numpy as jnp
     >>> units(jnp.zeros((16, 128), jnp.bfloat16)).registers
-    32
+    16
     """
     if isinstance(w, PackedQ4K):
-        words = w.chunk // 16
-        header = w.header.shape[-1]
-        return Units(
-            w.chunk,
-            (w.codes, w.header),
-            words + 2 * header,
-            lambda i, refs, unit, where: (
-                _codes(i, refs[0], unit, words, where) + _header(i, refs[1], unit, header, where)
-            ),
-            _multiply_q4k,
-        )
+        header, codes = _headers(1, w.header.shape[-1]), _codes(0, w.chunk // 64)
+        planes = (w.codes, w.header)
+        return Units(w.chunk, planes, header + codes, _multiply_q4k, (_MINUS_128,))
     if isinstance(w, PackedEQ8_0):
-        words = w.chunk // 8
-        header = w.header.shape[-1]
-        return Units(
-            w.chunk,
-            (w.codes, w.header),
-            words + 2 * header,
-            lambda i, refs, unit, where: (
-                _codes(i, refs[0], unit, words, where) + _header(i, refs[1], unit, header, where)
-            ),
-            _multiply_eq8_0,
-        )
+        header, codes = _headers(1, w.header.shape[-1]), _codes(0, w.chunk // 32)
+        return Units(w.chunk, (w.codes, w.header), header + codes, _multiply_eq8_0)
     if isinstance(w, PackedQ6K):
-        return Units(
-            w.chunk,
-            (w.codes, w.high, w.header, w.d),
-            16 + 8 + 8 + 1,
-            lambda i, refs, unit, where: (
-                _codes(i, refs[0], unit, 16, where)
-                + _codes(i, refs[1], unit, 8, where)
-                + _header(i, refs[2], unit, 4, where)
-                + _one_per_row_pair(i, refs[3], unit, where)
-            ),
-            _multiply_q6k,
-        )
-    chunk = _PLAIN_CHUNK
-    chunks = w.shape[-1] // chunk
-    return Units(
-        chunk,
-        (w,),
-        chunk // 2,
-        lambda i, refs, unit, where: _plain(i, refs[0], unit, chunks, where),
-        _multiply_plain,
-    )
+        pieces = (*_headers(2, 4), (1, _scales_of_row_pair), *_codes(1, 2), *_codes(0, 4))
+        planes = (w.codes, w.high, w.header, w.d)
+        return Units(w.chunk, planes, pieces, _multiply_q6k, (_MINUS_160,))
+    chunks = w.shape[-1] // _PLAIN_CHUNK
+    return Units(_PLAIN_CHUNK, (w,), _plain_pieces(chunks), _multiply_plain)
 
 
 _PLAIN_CHUNK = 64
@@ -127,80 +116,94 @@ def why_no_units(w: Weight) -> str | None:
 # --- loads ------------------------------------------------------------------------------------------------------------
 
 
-def _codes(i: Any, ref: Any, unit: Register, words: int, where: Register | None) -> Registers:
-    """`words` registers of fragment-ordered words, in pieces of four."""
-    first = i.iadd(i.imul(unit, i.u32(32 * words)), i.shift_left(i.lane(), 2))
-    out: Registers = []
-    for piece in range(words // 4):
-        word = i.iadd(first, i.u32(128 * piece))
-        out += i.load(ref, word, 4, where=where, streamed=True)
-    return out
+def _codes(plane: int, pieces: int) -> tuple[tuple[int, Load], ...]:
+    """Words in fragment order: four a piece, 512 bytes apart."""
+
+    def load(piece: int, i: Any, refs: Any, unit: Register, where: Register) -> Registers:
+        first = i.iadd(i.imul(unit, i.u32(128 * pieces)), i.shift_left(i.lane(), 2))
+        # Any codes will do where the header's scales are 0.
+        offset = 128 * piece
+        return i.load(
+            refs[plane], first, 4, offset=offset, where=where, otherwise=None, streamed=True
+        )
+
+    return tuple((4, functools.partial(load, piece)) for piece in range(pieces))
 
 
-def _header(i: Any, ref: Any, unit: Register, words: int, where: Register | None) -> Registers:
-    """The `words` header words of row g, then those of row g + 8."""
-    g = i.shift_right(i.lane(), 2)
-    first = i.imul(i.iadd(i.imul(unit, i.u32(ROWS)), g), i.u32(words))
-    second = i.iadd(first, i.u32(8 * words))
-    return [
-        *i.load(ref, first, words, where=where, streamed=True),
-        *i.load(ref, second, words, where=where, streamed=True),
-    ]
+def _headers(plane: int, words: int) -> tuple[tuple[int, Load], ...]:
+    """The header of row g, and that of row g + 8."""
+
+    def load(half: int, i: Any, refs: Any, unit: Register, where: Register) -> Registers:
+        row = i.iadd(i.imul(unit, i.u32(ROWS)), i.shift_right(i.lane(), 2))
+        first, offset = i.imul(row, i.u32(words)), 8 * words * half
+        return i.load(refs[plane], first, words, offset=offset, where=where, streamed=True)
+
+    return tuple((words, functools.partial(load, half)) for half in range(2))
 
 
-def _one_per_row_pair(i: Any, ref: Any, unit: Register, where: Register | None) -> Registers:
+def _scales_of_row_pair(i: Any, refs: Any, unit: Register, where: Register) -> Registers:
     word = i.iadd(i.imul(unit, i.u32(8)), i.shift_right(i.lane(), 2))
-    return i.load(ref, word, 1, where=where, streamed=True)
+    return i.load(refs[3], word, 1, where=where, streamed=True)
 
 
-def _plain(i: Any, ref: Any, unit: Register, chunks: int, where: Register | None) -> Registers:
-    """Rows g and g + 8 of a bfloat16 matrix, 8 columns of every 32, as the packed formats have them."""
+def _plain_pieces(chunks: int) -> tuple[tuple[int, Load], ...]:
+    """Of every 32 columns those that the packed formats give a lane, of row g and of row g + 8."""
     row_words = chunks * _PLAIN_CHUNK // 2
-    tile, chunk = i.idiv(unit, i.u32(chunks)), i.irem(unit, i.u32(chunks))
-    row = i.iadd(i.imul(tile, i.u32(ROWS)), i.shift_right(i.lane(), 2))
-    column = i.iadd(
-        i.imul(chunk, i.u32(_PLAIN_CHUNK // 2)), i.shift_left(i.and_(i.lane(), 3), 2)
+
+    def load(group: int, half: int, i: Any, refs: Any, unit: Register, where: Any) -> Registers:
+        tile, chunk = i.idiv(unit, i.u32(chunks)), i.irem(unit, i.u32(chunks))
+        row = i.iadd(i.imul(tile, i.u32(ROWS)), i.shift_right(i.lane(), 2))
+        column = i.shift_left(i.and_(i.lane(), 3), 2)
+        column = i.iadd(i.imul(chunk, i.u32(_PLAIN_CHUNK // 2)), column)
+        first = i.iadd(i.imul(row, i.u32(row_words)), column)
+        offset = half * 8 * row_words + 16 * group
+        return i.load(refs[0], first, 4, offset=offset, where=where, streamed=True)
+
+    return tuple(
+        (4, functools.partial(load, group, half))
+        for group in range(_PLAIN_CHUNK // 32)
+        for half in range(2)
     )
-    first = i.iadd(i.imul(row, i.u32(row_words)), column)
-    out: Registers = []
-    for group in range(_PLAIN_CHUNK // 32):
-        for half in range(2):
-            word = i.iadd(first, i.u32(half * 8 * row_words + 16 * group))
-            out += i.load(ref, word, 4, where=where, streamed=True)
-    return out
 
 
 # --- products ---------------------------------------------------------------------------------------------------------
 
 
 def _multiply_q4k(
-    i: Any, registers: Registers, x: LoadX, sums: list[Registers], columns: tuple[int, ...]
+    i: Any,
+    pieces: list[Registers],
+    done: Done,
+    constants: list[Registers],
+    x: LoadX,
+    sums: list[Registers],
+    columns: tuple[int, ...],
 ) -> list[Registers]:
     """Adds, per row: d * sum_g sc_g * sum(q * x) - dmin * sum_g m_g * sum(x)."""
-    wide = len(registers) > 16
-    header = 4 if wide else 2
-    codes, headers = registers[: -2 * header], registers[-2 * header :]
-    rows = [headers[:header], headers[header:]]
+    rows, codes = pieces[:2], pieces[2:]
+    wide = len(codes) == 4
     integers = [_wide_scales(i, row) if wide else _narrow_scales(i, row) for row in rows]
+    d = [i.float_of_half(row[0], 0) for row in rows]
+    # -128 sum(x) has the minimum's sign already.
+    dmin = [i.fmul(i.float_of_half(row[0], 1), i.number(1 / 128)) for row in rows]
+    done(0)
+    done(1)
     tiles = len(sums)
     scaled = [_zeros(i) for _ in range(tiles)]
     minima = [_zeros(i) for _ in range(tiles)]
-    for group in range(len(codes) // 2):
-        a = [_fragment_of_nibbles(i, codes[2 * group + part]) for part in range(2)]
-        factors = [[_float_of_byte(i, *where[group]) for where in row] for row in integers]
+    for group in range(2 * len(codes)):
+        words = codes[group // 2][group % 2 * 2 :]
+        a = [_fragment_of_nibbles(i, words[part]) for part in range(2)]
+        if group % 2:
+            done(2 + group // 2)
+        factors = [[i.float_of_byte(*where[group]) for where in row] for row in integers]
         for tile in range(tiles):
-            words = x(tile, 32 * group, 4)
-            b = (words[:2], words[2:])
-            ones = i.mma([i.u32(_MINUS_128)] * 4, b[0], _zeros(i))
-            ones = i.mma([i.u32(_MINUS_128)] * 4, b[1], ones)
-            product = i.mma(a[1], b[1], i.mma(a[0], b[0], ones))
+            b = x(tile, 32 * group, 4)
+            ones = i.mma(constants[0], b[2:], i.mma(constants[0], b[:2], _zeros(i)))
+            product = i.mma(a[1], b[2:], i.mma(a[0], b[:2], ones))
             for half, (sc, m) in enumerate(factors):
                 for place in (2 * half + column for column in columns):
                     scaled[tile][place] = i.fma(sc, product[place], scaled[tile][place])
                     minima[tile][place] = i.fma(m, ones[place], minima[tile][place])
-    d = [i.float_of_half(row[0], 0) for row in rows]
-    # -128 sum(x) has the minimum's sign already.
-    dmin = [i.fmul(i.float_of_half(row[0], 1), i.number(1 / 128)) for row in rows]
     return [
         _scaled_sums(i, dmin, minima[t], _scaled_sums(i, d, scaled[t], sums[t], columns), columns)
         for t in range(tiles)
@@ -224,23 +227,28 @@ def _narrow_scales(i: Any, row: Registers) -> tuple[list[tuple[Register, int]], 
 
 
 def _multiply_eq8_0(
-    i: Any, registers: Registers, x: LoadX, sums: list[Registers], columns: tuple[int, ...]
+    i: Any,
+    pieces: list[Registers],
+    done: Done,
+    constants: list[Registers],
+    x: LoadX,
+    sums: list[Registers],
+    columns: tuple[int, ...],
 ) -> list[Registers]:
     """Adds, per row: sum_g scale_g * sum(q * x)."""
-    groups = len(registers) // 5  # four words of codes a group, and a half word of scales for each of two rows
-    codes, headers = registers[: 4 * groups], registers[4 * groups :]
-    words_per_row = len(headers) // 2
+    del constants
+    rows, codes = pieces[:2], pieces[2:]
     sums = [list(tile) for tile in sums]
-    for group in range(groups):
-        words = codes[4 * group : 4 * group + 4]
+    for group, words in enumerate(codes):
         a = [
             [_pair_of_bytes(i, words[2 * part + j], r) for j in range(2) for r in range(2)]
             for part in range(2)
         ]
-        scale = [
-            i.float_of_half(headers[half * words_per_row + group // 2], group % 2)
-            for half in range(2)
-        ]
+        done(2 + group)
+        scale = [i.float_of_half(row[group // 2], group % 2) for row in rows]
+        if group == len(codes) - 1:
+            done(0)
+            done(1)
         for tile, total in enumerate(sums):
             b = x(tile, 32 * group, 4)
             product = i.mma(a[1], b[2:], i.mma(a[0], b[:2], _zeros(i)))
@@ -249,49 +257,63 @@ def _multiply_eq8_0(
 
 
 def _multiply_q6k(
-    i: Any, registers: Registers, x: LoadX, sums: list[Registers], columns: tuple[int, ...]
+    i: Any,
+    pieces: list[Registers],
+    done: Done,
+    constants: list[Registers],
+    x: LoadX,
+    sums: list[Registers],
+    columns: tuple[int, ...],
 ) -> list[Registers]:
     """Adds, per row: d * sum_g sc_g * sum((q - 32) * x) over groups of 16."""
-    codes, tops, headers = registers[:16], registers[16:24], registers[24:32]
+    rows, both, tops, codes = pieces[:2], pieces[2], pieces[3:5], pieces[5:]
     tiles = len(sums)
     scaled = [_zeros(i) for _ in range(tiles)]
+    d = [i.float_of_half(both[0], half) for half in range(2)]
+    done(2)
     for group in range(16):
-        # tops: two pieces of 128 columns, each two 64s of two words; a word serves two groups.
-        top = tops[4 * (group // 8) + group % 8 // 2]
+        top = tops[group // 8][group % 8 // 2]
         a = []
         for place in range(4):
             field = 4 * (group % 2) + place
             moved = (
                 i.shift_left(top, 4 - 2 * field) if field < 2 else i.shift_right(top, 2 * field - 4)
             )
-            low = i.and_or(i.shift_right(codes[group], 4 * place), 0x000F000F, _MAGIC)
+            low = i.and_or(i.shift_right(codes[group // 4][group % 4], 4 * place), 0x000F000F, _MAGIC)
             a.append(i.and_or_register(moved, 0x00300030, low))
-        factors = [
-            _float_of_signed_byte(i, headers[4 * half + group // 4], group % 4) for half in range(2)
-        ]
+        factors = [i.float_of_byte(row[group // 4], group % 4, signed=True) for row in rows]
+        for piece, last in ((5 + group // 4, 4), (3 + group // 8, 8), (0, 16), (1, 16)):
+            if group % last == last - 1:
+                done(piece)
         for tile in range(tiles):
             b = x(tile, 16 * group, 2)
-            product = i.mma(a, b, i.mma([i.u32(_MINUS_160)] * 4, b, _zeros(i)))
+            product = i.mma(a, b, i.mma(constants[0], b, _zeros(i)))
             scaled[tile] = _scaled_sums(i, factors, product, scaled[tile], columns)
-    d = [i.float_of_half(registers[32], half) for half in range(2)]
     return [_scaled_sums(i, d, scaled[t], sums[t], columns) for t in range(tiles)]
 
 
 def _multiply_plain(
-    i: Any, registers: Registers, x: LoadX, sums: list[Registers], columns: tuple[int, ...]
+    i: Any,
+    pieces: list[Registers],
+    done: Done,
+    constants: list[Registers],
+    x: LoadX,
+    sums: list[Registers],
+    columns: tuple[int, ...],
 ) -> list[Registers]:
     """Adds sum(w * x)."""
-    del columns  # the tensor core adds them all
+    del constants, columns  # the tensor core adds all columns
     sums = [list(tile) for tile in sums]
     for group in range(_PLAIN_CHUNK // 32):
-        upper = registers[8 * group : 8 * group + 4]
-        lower = registers[8 * group + 4 : 8 * group + 8]
+        upper, lower = pieces[2 * group : 2 * group + 2]
         for tile, total in enumerate(sums):
             b = x(tile, 32 * group, 4)
             for part in (0, 2):
                 a = [upper[part], lower[part], upper[part + 1], lower[part + 1]]
                 total = i.mma(a, b[part : part + 2], total)
             sums[tile] = total
+        done(2 * group)
+        done(2 * group + 1)
     return sums
 
 
@@ -302,22 +324,9 @@ def _fragment_of_nibbles(i: Any, word: Register) -> Registers:
 
 def _pair_of_bytes(i: Any, word: Register, which: int) -> Register:
     """Bytes 2 `which` and the next, in two's complement, as two bfloat16: 128 + low seven bits, less 128 or 256."""
-    spread = i.bytes_of(word, 0x43, 0x4342 if which else 0x4140)
-    return i.subtract_bf16x2(i.and_(spread, 0xFF7FFF7F), i.and_(spread, 0xFF80FF80))
-
-
-def _float_of_byte(i: Any, word: Register, byte: int) -> Register:
-    """Exact: 2**23 + b, less 2**23."""
-    return i.fadd(
-        i.float_of_bits(i.bytes_of(word, _FLOAT_2_23, 0x7440 + byte)), i.number(-(2.0**23))
-    )
-
-
-def _float_of_signed_byte(i: Any, word: Register, byte: int) -> Register:
-    """Exact: with the sign bit flipped, b + 128 is unsigned."""
-    flipped = i.xor(word, 0x80808080)
-    bits = i.bytes_of(flipped, _FLOAT_2_23, 0x7440 + byte)
-    return i.fadd(i.float_of_bits(bits), i.number(-(2.0**23) - 128))
+    spread = i.bytes_of(word, 0x4342 if which else 0x4140)
+    low, high = i.and_or(spread, 0x007F007F, _MAGIC), i.and_or(spread, 0x00800080, _MAGIC)
+    return i.subtract_bf16x2(low, high)
 
 
 def _zeros(i: Any) -> Registers:

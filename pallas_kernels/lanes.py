@@ -65,6 +65,15 @@ def zeros(n: int) -> jax.Array:
     return value if is_interpreted() else plgpu.layout_cast(value, _layout(n))
 
 
+def opaque(bits: int) -> jax.Array:
+    """Four registers of every lane that hold `bits`, which the assembler cannot know: uint32 ``[4, 32, 4]``.
+
+    It would otherwise make a constant operand of ``mma.sync`` anew for each use, at four instructions a time.
+    """
+    [out] = run(lambda i, *_: [i.opaque(bits)], [(4, U32)])
+    return out
+
+
 def run(
     program: Callable[..., Sequence[Registers]],
     results: Sequence[tuple[int, Any]] = (),
@@ -89,6 +98,7 @@ def run(
     if is_interpreted():
         inputs = [[a[..., i] for i in range(a.shape[-1])] for a in arrays]
         out = program(Emulated(), list(refs), inputs, [_everywhere(s) for s in scalars])
+        assert [len(registers) for registers in out] == [n for n, _ in results]
         return [jnp.stack(registers, axis=-1) for registers in out]
 
     kinds = (
@@ -110,7 +120,7 @@ def run(
             n = len(registers)
             words = np.array(_pack(registers), dtype=object)
             layout = _layout(n).to_mgpu()
-            signed = None if ir.F32Type.isinstance(registers[0].type) else False
+            signed = None if registers[0].type == ir.F32Type.get() else False
             fragments.append(
                 fa.FragmentedArray(
                     _registers=words.reshape(layout.registers_shape((WARPS, LANES, n))),
@@ -165,6 +175,12 @@ class Ptx:
     def number(self, value: float) -> Register:
         return arith.constant(self.f32, ir.FloatAttr.get(self.f32, value))
 
+    def opaque(self, bits: int) -> Registers:
+        # Grids are one-dimensional: these are 0.
+        axes = [self._asm(self.i32, f"mov.u32 $0, %ctaid.{axis};", "=r") for axis in "yz"]
+        moved = [arith.shli(axes[n % 2], _constant(n // 2)) for n in range(4)]
+        return [arith.ori(m, _constant(bits)) for m in moved]
+
     def lane(self) -> Register:
         return arith.remui(mgpu_utils.thread_idx(), _constant(LANES))
 
@@ -199,9 +215,6 @@ class Ptx:
     def or_(self, a: Register, b: Register) -> Register:
         return arith.ori(a, b)
 
-    def xor(self, a: Register, mask: int) -> Register:
-        return arith.xori(a, _constant(mask))
-
     def shift_right(self, a: Register, bits: int) -> Register:
         return arith.shrui(a, _constant(bits)) if bits else a
 
@@ -215,8 +228,8 @@ class Ptx:
     def and_or_register(self, a: Register, mask: int, b: Register) -> Register:
         return self._asm(self.i32, f"lop3.b32 $0, $1, {mask:#x}, $2, 0xEA;", "=r,r,r", a, b)
 
-    def bytes_of(self, a: Register, b: int, selector: int) -> Register:
-        return self._asm(self.i32, f"prmt.b32 $0, $1, {b:#x}, {selector:#x};", "=r,r", a)
+    def bytes_of(self, a: Register, selector: int) -> Register:
+        return self._asm(self.i32, f"prmt.b32 $0, $1, 0, {selector:#x};", "=r,r", a)
 
     def subtract_bf16x2(self, a: Register, b: Register) -> Register:
         return self._asm(self.i32, "sub.rn.bf16x2 $0, $1, $2;", "=r,r,r", a, b)
@@ -224,6 +237,11 @@ class Ptx:
     def float_of_half(self, a: Register, place: int) -> Register:
         words = ("h, dropped", "dropped, h")[place]
         text = f"{{ .reg .b16 h, dropped; mov.b32 {{{words}}}, $1; cvt.f32.f16 $0, h; }}"
+        return self._asm(self.f32, text, "=f,r", a)
+
+    def float_of_byte(self, a: Register, place: int, *, signed: bool = False) -> Register:
+        kind = "s" if signed else "u"
+        text = f"{{ .reg .b32 b; bfe.{kind}32 b, $1, {8 * place}, 8; cvt.rn.f32.{kind}8 $0, b; }}"
         return self._asm(self.f32, text, "=f,r", a)
 
     def float_of_bits(self, a: Register) -> Register:
@@ -251,23 +269,32 @@ class Ptx:
         return [llvm.extractvalue(self.f32, out, [i]) for i in range(4)]
 
     def load(
-        self, ref: Any, word: Register, n: int, *, where: Register | None = None, streamed=False
+        self,
+        ref: Any,
+        word: Register,
+        n: int,
+        *,
+        offset: int = 0,
+        where: Register | None = None,
+        otherwise: int | None = 0,
+        streamed: bool = False,
     ) -> Registers:
-        """n 32-bit words (1, 2 or 4, aligned) from word `word` of `ref` on; zeros where `where` is false.
+        """n 32-bit words (1, 2 or 4, aligned) from ``word + offset`` of `ref` on.
 
-        Streamed words bypass L1 and draw the rest of their 256 bytes into L2.
+        Where `where` is false nothing is read, and the words are `otherwise`; None says that anything will do. Streamed
+        words bypass L1 and draw the rest of their 256 bytes into L2.
         """
         space, pointer, width = self._pointer(ref, word)
         hints = ".nc.L1::no_allocate.L2::256B" if streamed else ""
         outs = ", ".join(f"${i}" for i in range(n))
         vector_suffix = "" if n == 1 else f".v{n}"
         target = outs if n == 1 else f"{{{outs}}}"
-        text = f"ld.{space}{hints}{vector_suffix}.b32 {target}, [${n}];"
+        text = f"ld.{space}{hints}{vector_suffix}.b32 {target}, [${n}+{4 * offset}];"
         operands = [pointer]
         constraints = ",".join(["=r"] * n + [width])
         if where is not None:
-            zeroed = " ".join(f"mov.b32 ${i}, 0;" for i in range(n))
-            text = f"{{ .reg .pred p; setp.ne.b32 p, ${n + 1}, 0; {zeroed} @p {text} }}"
+            preset = [f"mov.b32 ${i}, {otherwise:#x};" for i in range(n)] if otherwise is not None else []
+            text = f"{{ .reg .pred p; setp.ne.b32 p, ${n + 1}, 0; {' '.join(preset)} @p {text} }}"
             constraints = ",".join(["=&r"] * n + [width, "r"])
             operands.append(arith.extui(self.i32, where))
         effects = not streamed
@@ -283,7 +310,7 @@ class Ptx:
         """Writes float32 or 32-bit integer `values` to word `word` of `ref` and those after it, where `where`."""
         space, pointer, width = self._pointer(ref, word)
         n = len(values)
-        kind = "f" if ir.F32Type.isinstance(values[0].type) else "r"
+        kind = "f" if values[0].type == self.f32 else "r"
         names = ", ".join(f"${i + 1}" for i in range(n))
         text = f"st.{space}{'' if n == 1 else f'.v{n}'}.b32 [$0], {names if n == 1 else f'{{{names}}}'};"
         operands = [pointer, *values]
@@ -298,7 +325,7 @@ class Ptx:
         shared = mgpu_utils.is_smem_ref(ref)
         i64 = ir.IntegerType.get_signless(64)
         if shared:
-            base = llvm.ptrtoint(self.i32, mgpu_utils.memref_ptr(ref, memory_space=3))
+            base = llvm.ptrtoint(self.i32, mgpu_utils.memref_ptr(ref))
             return "shared", arith.addi(base, arith.muli(word, _constant(4))), "r"
         base = llvm.ptrtoint(i64, mgpu_utils.memref_ptr(ref))
         offset = arith.muli(arith.extui(i64, word), arith.constant(i64, 4))
@@ -317,6 +344,9 @@ class Emulated:
 
     def number(self, value: float) -> Register:
         return jnp.full((WARPS, LANES), value, F32)
+
+    def opaque(self, bits: int) -> Registers:
+        return [self.u32(bits)] * 4
 
     def lane(self) -> Register:
         return lax.broadcasted_iota(U32, (WARPS, LANES), 1)
@@ -351,9 +381,6 @@ class Emulated:
     def or_(self, a: Register, b: Register) -> Register:
         return a | b
 
-    def xor(self, a: Register, mask: int) -> Register:
-        return a ^ np.uint32(mask)
-
     def shift_right(self, a: Register, bits: int) -> Register:
         return a >> np.uint32(bits)
 
@@ -366,14 +393,13 @@ class Emulated:
     def and_or_register(self, a: Register, mask: int, b: Register) -> Register:
         return (a & np.uint32(mask)) | b
 
-    def bytes_of(self, a: Register, b: int, selector: int) -> Register:
+    def bytes_of(self, a: Register, selector: int) -> Register:
         out = jnp.zeros_like(a)
         for place in range(4):
             which = (selector >> (4 * place)) & 15
             assert which < 8, "sign replication is not modelled"
-            source = a if which < 4 else self.u32(b)
-            byte = (source >> np.uint32(8 * (which % 4))) & np.uint32(255)
-            out |= byte << np.uint32(8 * place)
+            if which < 4:
+                out |= ((a >> np.uint32(8 * which)) & np.uint32(255)) << np.uint32(8 * place)
         return out
 
     def subtract_bf16x2(self, a: Register, b: Register) -> Register:
@@ -382,6 +408,10 @@ class Emulated:
     def float_of_half(self, a: Register, place: int) -> Register:
         half = (a >> np.uint32(16 * place)).astype(jnp.uint16)
         return lax.bitcast_convert_type(half, jnp.float16).astype(F32)
+
+    def float_of_byte(self, a: Register, place: int, *, signed: bool = False) -> Register:
+        byte = (a >> np.uint32(8 * place)).astype(jnp.int8 if signed else jnp.uint8)
+        return byte.astype(F32)
 
     def float_of_bits(self, a: Register) -> Register:
         return lax.bitcast_convert_type(a, F32)
@@ -406,12 +436,22 @@ class Emulated:
         return [c[i] + by_lane[..., i] for i in range(4)]
 
     def load(
-        self, ref: Any, word: Register, n: int, *, where: Register | None = None, streamed=False
+        self,
+        ref: Any,
+        word: Register,
+        n: int,
+        *,
+        offset: int = 0,
+        where: Register | None = None,
+        otherwise: int | None = 0,
+        streamed: bool = False,
     ) -> Registers:
+        del streamed
+        otherwise = 0xDEADBEEF if otherwise is None else otherwise
         words = _words(ref[...])
-        word = jnp.broadcast_to(word, (WARPS, LANES)).astype(jnp.int32)
+        word = jnp.broadcast_to(word, (WARPS, LANES)).astype(jnp.int32) + offset
         out = [words.at[word + i].get(mode="fill", fill_value=0xDEADBEEF) for i in range(n)]
-        return out if where is None else [jnp.where(where, r, 0) for r in out]
+        return out if where is None else [jnp.where(where, r, np.uint32(otherwise)) for r in out]
 
     def store(
         self, ref: Any, word: Register, values: Registers, *, where: Register | None = None
