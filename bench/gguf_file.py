@@ -45,8 +45,9 @@ from gemma_jax.checkpoints import resolve
 from gemma_jax.config import Gemma4Config
 from gemma_jax.model import Params, param_shapes
 from pallas_kernels import quantize
-from pallas_kernels.arrays import EQ8_0, FORMATS, Q4K, Q6K, QuantizedArray, Weight
+from pallas_kernels.arrays import EQ8_0, FORMATS, Q4K, Q6K, QuantizedArray
 from pallas_kernels.gguf_blocks import to_blocks
+from pallas_kernels.packed import Weight
 
 FILE_TYPES = {
     "bf16": gguf.LlamaFileType.MOSTLY_BF16,

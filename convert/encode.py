@@ -30,7 +30,8 @@ from convert.manifest import TensorEntry
 from convert.policy import AS_STORED, BF16
 from convert.safetensors_source import SafetensorsSource, TensorInfo
 from convert.storage import Planes
-from pallas_kernels.arrays import FORMATS, SUPER_BLOCKS, Weight
+from pallas_kernels.arrays import FORMATS, SUPER_BLOCKS
+from pallas_kernels.packed import Weight
 from pallas_kernels.quantize import quantize
 
 PLAIN_PLANE = "value"  # the one plane of an array that is not quantized

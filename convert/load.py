@@ -18,7 +18,7 @@ from convert.safetensors_source import SafetensorsSource
 from convert.storage import read_group
 from gemma_jax.config import Gemma4Config
 from gemma_jax.model import param_shapes
-from pallas_kernels.arrays import Weight
+from pallas_kernels.packed import Weight
 
 Params = dict[str, Any]
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.arrays import Weight
+from pallas_kernels.packed import Weight
 from pallas_kernels.quantized_matmul import quantized_matmul
 
 

@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.arrays import QuantizedArray, Weight
+from pallas_kernels.arrays import QuantizedArray
+from pallas_kernels.packed import PackedArray, Weight
 
 
 def weight_param(module: nn.Module, name: str, shape: tuple[int, ...], init: Any) -> Weight:
@@ -27,5 +28,5 @@ def weight_param(module: nn.Module, name: str, shape: tuple[int, ...], init: Any
 def vector_param(module: nn.Module, name: str, size: int) -> jax.Array:
     """A parameter that is never quantized: a norm or a scale, 1 where nothing was learnt."""
     vector = weight_param(module, name, (size,), nn.initializers.ones)
-    assert not isinstance(vector, QuantizedArray)
+    assert not isinstance(vector, QuantizedArray | PackedArray)
     return vector

@@ -1,24 +1,28 @@
 """Quantized array types and the operations on them. Knows nothing of Gemma.
 
-``arrays`` holds the formats, ``quantize`` makes them, ``gguf_blocks`` translates them from and to GGML's byte layout;
-each operation is a package of its own with one public function.
+``arrays`` holds the formats, ``quantize`` makes them, ``gguf_blocks`` translates them from and to GGML's byte layout,
+``packed`` puts them in the order of the tensor cores; each operation is a package of its own with one public function.
 """
 
-from pallas_kernels.arrays import EQ8_0, FORMATS, Q4K, Q6K, QuantizedArray, Weight
+from pallas_kernels.arrays import EQ8_0, FORMATS, Q4K, Q6K, QuantizedArray
 from pallas_kernels.embedding_lookup import embedding_lookup
 from pallas_kernels.expert_matmul import expert_matmul
+from pallas_kernels.packed import PACKED, PackedArray, Weight, pack_array
 from pallas_kernels.quantize import quantize, relative_error
 from pallas_kernels.quantized_matmul import quantized_matmul
 
 __all__ = [
     "EQ8_0",
     "FORMATS",
+    "PACKED",
     "Q4K",
     "Q6K",
+    "PackedArray",
     "QuantizedArray",
     "Weight",
     "embedding_lookup",
     "expert_matmul",
+    "pack_array",
     "quantize",
     "quantized_matmul",
     "relative_error",

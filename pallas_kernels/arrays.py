@@ -314,5 +314,4 @@ def _scaled(integers: jax.Array, d: jax.Array) -> jax.Array:
 
 
 QuantizedArray = Q4K | EQ8_0 | Q6K
-Weight = QuantizedArray | jax.Array
 FORMATS: dict[str, type[Q4K | EQ8_0 | Q6K]] = {"q4k": Q4K, "eq8_0": EQ8_0, "q6k": Q6K}

@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.arrays import QuantizedArray, Weight
+from pallas_kernels.arrays import QuantizedArray
+from pallas_kernels.packed import PackedArray, Weight
 
 
 def choose(
@@ -51,7 +52,7 @@ def choose(
 
 def check_weight(op: str, w: Weight, ndim: int) -> None:
     """Raises ValueError unless ``w`` is a sound quantized or floating array of ``ndim`` axes."""
-    if isinstance(w, QuantizedArray):
+    if isinstance(w, QuantizedArray | PackedArray):
         w.validate()
     elif not jnp.issubdtype(w.dtype, jnp.floating):
         raise ValueError(
@@ -69,4 +70,9 @@ def check_floating(op: str, name: str, x: jax.Array) -> None:
 
 def dense(w: Weight, dtype: Any) -> jax.Array:
     """Returns the values of ``w`` as an array of ``dtype``."""
-    return w.dequantize(dtype) if isinstance(w, QuantizedArray) else w.astype(dtype)
+    return w.astype(dtype) if isinstance(w, jax.Array) else w.dequantize(dtype)
+
+
+def unpacked(w: Weight) -> QuantizedArray | jax.Array:
+    """Returns `w`, or what was packed: for implementations that know row order only."""
+    return w.unpack() if isinstance(w, PackedArray) else w

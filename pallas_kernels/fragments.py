@@ -4,9 +4,9 @@ A warp multiplies one *unit*, a row tile's chunk of C columns, by the columns x[
 other operand. `units(w)` gives the format's `Units`: which registers a lane loads (all in 16-byte pieces but for small
 headers), and how it adds their product to its accumulators.
 
-Codes become bfloat16 without conversions: a 4- or 6-bit code in the low mantissa bits of 128 is the number 128 + q. The
-128 goes away in the tensor core: the first product of a group has A = -128 everywhere, which also leaves
--128 sum(x), what the minimum of Q4K multiplies. A group's sum is exact products added up in float32; its scale multiplies
+Codes become bfloat16 without conversions: a 4- or 6-bit code in the low mantissa bits of 128 is the number 128 + q.
+The 128 goes away in the tensor core: the first product of a group has A = -128 everywhere, which also leaves -128
+sum(x), what the minimum of Q4K multiplies. A group's sum is exact products added up in float32; its scale multiplies
 that sum.
 """
 
@@ -20,9 +20,9 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.arrays import Weight
+from pallas_kernels.arrays import QuantizedArray
 from pallas_kernels.lanes import Register, Registers
-from pallas_kernels.packed import ROWS, PackedEQ8_0, PackedQ4K, PackedQ6K
+from pallas_kernels.packed import ROWS, PackedArray, PackedEQ8_0, PackedQ4K, PackedQ6K, Weight
 
 MAX_ROWS = 16  # of x: two tiles of eight columns in the product
 
@@ -49,9 +49,9 @@ class Units:
     planes: the arrays to pass to the kernel, in the order of `Load`'s refs.
     pieces: a unit's pieces and how many registers each takes in a lane.
     multiply: ``multiply(instructions, pieces, done, constants, x, sums, columns)`` returns `sums` plus the unit's
-        product. It calls ``done(p)`` when it has no more use for piece p: the kernel then loads that of the next unit into
-        the registers that are free. Sums are 4 registers for each tile of columns, in the order of C; `columns` says
-        which of each pair to compute.
+        product. It calls ``done(p)`` when it has no more use for piece p: the kernel then loads that of the next unit
+        into the registers that are free. Sums are 4 registers for each tile of columns, in the order of C; `columns`
+        says which of each pair to compute.
     constants: the words of which `multiply` wants an A operand full, which the kernel makes once.
     """
 
@@ -70,8 +70,7 @@ class Units:
         """A lane's registers by piece."""
         ends = list(itertools.accumulate(count for count, _ in self.pieces))
         return [
-            registers[end - count : end]
-            for end, (count, _) in zip(ends, self.pieces, strict=True)
+            registers[end - count : end] for end, (count, _) in zip(ends, self.pieces, strict=True)
         ]
 
 
@@ -91,8 +90,10 @@ def units(w: Weight) -> Units:
         return Units(w.chunk, (w.codes, w.header), header + codes, _multiply_eq8_0)
     if isinstance(w, PackedQ6K):
         pieces = (*_headers(2, 4), (1, _scales_of_row_pair), *_codes(1, 2), *_codes(0, 4))
-        planes = (w.codes, w.high, w.header, w.d)
-        return Units(w.chunk, planes, pieces, _multiply_q6k, (_MINUS_160,))
+        return Units(
+            w.chunk, (w.codes, w.high, w.header, w.d), pieces, _multiply_q6k, (_MINUS_160,)
+        )
+    assert not isinstance(w, QuantizedArray)
     chunks = w.shape[-1] // _PLAIN_CHUNK
     return Units(_PLAIN_CHUNK, (w,), _plain_pieces(chunks), _multiply_plain)
 
@@ -102,10 +103,12 @@ _PLAIN_CHUNK = 64
 
 def why_no_units(w: Weight) -> str | None:
     """Why `w` cannot be read by lane programs, or None."""
-    if isinstance(w, PackedQ4K | PackedEQ8_0 | PackedQ6K):
+    if isinstance(w, PackedArray):
         return None
-    if not isinstance(w, jax.Array | jax.ShapeDtypeStruct) and not hasattr(w, "aval"):
-        return f"w is {type(w).__name__}: pack it first (pallas_kernels.pack_array)"
+    if isinstance(w, QuantizedArray):
+        return (
+            f"w is {type(w).__name__} in the order of its rows: pack it (pallas_kernels.pack_array)"
+        )
     if w.dtype.name != "bfloat16":
         return f"w has dtype {w.dtype}: expected bfloat16 or a packed array"
     if w.shape[-2] % ROWS or w.shape[-1] % _PLAIN_CHUNK:
@@ -213,11 +216,15 @@ def _multiply_q4k(
 def _wide_scales(i: Any, row: Registers) -> tuple[list[tuple[Register, int]], ...]:
     """Where the eight sc and the eight m of a row's chunk are: (register, byte)."""
     low, high, tops = row[1], row[2], row[3]
-    sc = i.and_(low, 0x3F3F3F3F), i.and_or_register(
-        i.shift_right(low, 2), 0x30303030, i.and_(tops, 0x0F0F0F0F)
+    sc = (
+        i.and_(low, 0x3F3F3F3F),
+        i.and_or_register(i.shift_right(low, 2), 0x30303030, i.and_(tops, 0x0F0F0F0F)),
     )
-    m = i.and_(high, 0x3F3F3F3F), i.and_or_register(
-        i.shift_right(high, 2), 0x30303030, i.and_(i.shift_right(tops, 4), 0x0F0F0F0F)
+    m = (
+        i.and_(high, 0x3F3F3F3F),
+        i.and_or_register(
+            i.shift_right(high, 2), 0x30303030, i.and_(i.shift_right(tops, 4), 0x0F0F0F0F)
+        ),
     )
     return tuple([(words[g // 4], g % 4) for g in range(8)] for words in (sc, m))
 
@@ -279,7 +286,9 @@ def _multiply_q6k(
             moved = (
                 i.shift_left(top, 4 - 2 * field) if field < 2 else i.shift_right(top, 2 * field - 4)
             )
-            low = i.and_or(i.shift_right(codes[group // 4][group % 4], 4 * place), 0x000F000F, _MAGIC)
+            low = i.and_or(
+                i.shift_right(codes[group // 4][group % 4], 4 * place), 0x000F000F, _MAGIC
+            )
             a.append(i.and_or_register(moved, 0x00300030, low))
         factors = [i.float_of_byte(row[group // 4], group % 4, signed=True) for row in rows]
         for piece, last in ((5 + group // 4, 4), (3 + group // 8, 8), (0, 16), (1, 16)):

@@ -156,7 +156,7 @@ def _pack(registers: Registers) -> ir.Value:
 
 def _constant(value: int) -> ir.Value:
     i32 = ir.IntegerType.get_signless(32)
-    return arith.constant(i32, ir.IntegerAttr.get(i32, value - (value >> 31 << 32)))
+    return mgpu_utils.c(value - (value >> 31 << 32), i32)
 
 
 class Ptx:
@@ -173,7 +173,7 @@ class Ptx:
         return _constant(value)
 
     def number(self, value: float) -> Register:
-        return arith.constant(self.f32, ir.FloatAttr.get(self.f32, value))
+        return mgpu_utils.c(value, self.f32)
 
     def opaque(self, bits: int) -> Registers:
         # Grids are one-dimensional: these are 0.
@@ -293,7 +293,11 @@ class Ptx:
         operands = [pointer]
         constraints = ",".join(["=r"] * n + [width])
         if where is not None:
-            preset = [f"mov.b32 ${i}, {otherwise:#x};" for i in range(n)] if otherwise is not None else []
+            preset = (
+                [f"mov.b32 ${i}, {otherwise:#x};" for i in range(n)]
+                if otherwise is not None
+                else []
+            )
             text = f"{{ .reg .pred p; setp.ne.b32 p, ${n + 1}, 0; {' '.join(preset)} @p {text} }}"
             constraints = ",".join(["=&r"] * n + [width, "r"])
             operands.append(arith.extui(self.i32, where))
@@ -328,7 +332,7 @@ class Ptx:
             base = llvm.ptrtoint(self.i32, mgpu_utils.memref_ptr(ref))
             return "shared", arith.addi(base, arith.muli(word, _constant(4))), "r"
         base = llvm.ptrtoint(i64, mgpu_utils.memref_ptr(ref))
-        offset = arith.muli(arith.extui(i64, word), arith.constant(i64, 4))
+        offset = arith.muli(arith.extui(i64, word), mgpu_utils.c(4, i64))
         return "global", arith.addi(base, offset), "l"
 
 

@@ -2,12 +2,13 @@
 
 The same numbers as in `pallas_kernels.arrays`, moved: 16 rows are a *row tile*, and the codes that one lane of a warp
 holds of a tile lie side by side, so that it gets them in 16-byte loads and needs neither shared memory nor shuffles.
-The order is that of the A operand of ``mma.m16n8k16`` (`pallas_kernels.lanes` draws it) with the columns permuted within
-a group: lane 4 g + t has rows g and g + 8 and, of every group of 32 columns, columns 8 t to 8 t + 7 (of 16: 4 t to
-4 t + 3), which it also reads of x in one piece.
+The order is that of the A operand of ``mma.m16n8k16`` (`pallas_kernels.lanes` draws it) with the columns permuted
+within a group: lane 4 g + t has rows g and g + 8 and, of every group of 32 columns, columns 8 t to 8 t + 7 (of 16:
+4 t to 4 t + 3), which it also reads of x in one piece.
 
-K is cut into *chunks* of C columns, 256 where that divides K and 64 otherwise; all planes are ``[..., N/16, K/C, …]``, so
-a tile's chunk is one contiguous piece of each. Leading axes can be indexed, scanned and vmapped.
+K is cut into *chunks* of C columns, 256 where that divides K and 64 otherwise; all planes are
+``[..., N/16, K/C, …]``, so a tile's chunk is one contiguous piece of each. Leading axes can be indexed, scanned and
+vmapped.
 """
 
 from __future__ import annotations
@@ -81,7 +82,10 @@ class _PackedArray:
     def __getitem__(self, index: Any) -> Self:
         """Indexes every plane; `index` addresses axes before the last two, without ``...``."""
         entries = index if isinstance(index, tuple) else (index,)
-        if any(i is Ellipsis for i in entries) or sum(i is not None for i in entries) > self.ndim - 2:
+        if (
+            any(i is Ellipsis for i in entries)
+            or sum(i is not None for i in entries) > self.ndim - 2
+        ):
             raise ValueError(
                 f"index {index!r} of a packed array of shape {self.shape}: only the axes before the last two can be "
                 "indexed, and not with '...'"
@@ -149,8 +153,8 @@ class PackedQ4K(_PackedArray):
 
     Attributes:
         codes: uint32 ``[..., N/16, K/C, C/64, 32 lanes, 4]``. Of a lane's 64 columns (two groups of 32) word
-            2 group + i holds columns 8 t + 4 i + 2 j + h of rows g + 8 r as nibble 4 h + 2 j + r: what ``mma`` number i of
-            the group takes as a0 to a3 is bits 0-3 and 16-19 of the word shifted by 0, 4, 8 and 12.
+            2 group + i holds columns 8 t + 4 i + 2 j + h of rows g + 8 r as nibble 4 h + 2 j + r: what ``mma`` number
+            i of the group takes as a0 to a3 is bits 0-3 and 16-19 of the word shifted by 0, 4, 8 and 12.
         header: uint32 ``[..., N/16, K/C, 16, 4 or 2]``, what a row's chunk is scaled by. First the bits of d (low half)
             and dmin. For C = 256 then the 12 bytes of GGML's Q4_K: sc and m of groups 0-3 in the low six bits of bytes
             0-3 and 4-7, low four bits of those of groups 4-7 in the halves of bytes 8-11, their high two bits in the
@@ -206,8 +210,8 @@ class PackedEQ8_0(_PackedArray):  # noqa: N801 - the format's name
     """`EQ8_0` in fragment order: 8.5 bits per weight.
 
     Attributes:
-        codes: uint32 ``[..., N/16, K/C, C/32, 32 lanes, 4]``. Word 2 i + j of a group holds columns 8 t + 4 i + 2 j + h of
-            rows g + 8 r as byte 2 r + h.
+        codes: uint32 ``[..., N/16, K/C, C/32, 32 lanes, 4]``. Word 2 i + j of a group holds columns 8 t + 4 i + 2 j + h
+            of rows g + 8 r as byte 2 r + h.
         header: uint32 ``[..., N/16, K/C, 16, C/64]``: the float16 scales of a row's groups, two a word.
     """
 
@@ -243,8 +247,8 @@ class PackedQ6K(_PackedArray):
     """`Q6K` in fragment order: 6.5625 bits per weight; 256 divides K.
 
     Attributes:
-        codes: uint32 ``[..., N/16, K/256, 4, 32 lanes, 4]``, the low four bits. Of a lane's 64 columns (four groups of 16)
-            word `group` holds columns 4 t + 2 j + h of rows g + 8 r as nibble 4 h + 2 j + r.
+        codes: uint32 ``[..., N/16, K/256, 4, 32 lanes, 4]``, the low four bits. Of a lane's 64 columns (four groups of
+            16) word `group` holds columns 4 t + 2 j + h of rows g + 8 r as nibble 4 h + 2 j + r.
         high: uint32 ``[..., N/16, K/256, 2, 32 lanes, 4]``, the high two bits: of a lane's 128 columns word w is that of
             groups 2 w and 2 w + 1, in field 8 h + 4 (group % 2) + 2 j + r.
         header: uint32 ``[..., N/16, K/256, 16, 4]``: the int8 scales of a row's 16 groups.
@@ -293,6 +297,7 @@ class PackedQ6K(_PackedArray):
 
 
 PackedArray = PackedQ4K | PackedEQ8_0 | PackedQ6K
+Weight = QuantizedArray | PackedArray | jax.Array
 PACKED: dict[str, type[PackedQ4K | PackedEQ8_0 | PackedQ6K]] = {
     cls.format: cls for cls in (PackedQ4K, PackedEQ8_0, PackedQ6K)
 }

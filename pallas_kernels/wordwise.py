@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import wordwise_cpu
-from pallas_kernels.arrays import BLOCK, EQ8_0, Q4K, Q6K, QuantizedArray, Weight
+from pallas_kernels.arrays import BLOCK, EQ8_0, Q4K, Q6K, QuantizedArray
 
 # Weights of a matrix from which on its instructions matter more than a GPU's launches, …
 _LARGE = 1 << 22
@@ -26,7 +26,7 @@ _HUGE = 12_000_000
 _FEWEST_SUMS = 5120
 
 
-def weighted_sums(x: jax.Array, w: Weight) -> jax.Array:
+def weighted_sums(x: jax.Array, w: QuantizedArray | jax.Array) -> jax.Array:
     """Returns ``sum_k x[m, k] * w[n, k]`` for x ``[M, K]``, added up in float32: float32 ``[M, N]``."""
     if not isinstance(w, QuantizedArray):
         wide = w.astype(jnp.float32)

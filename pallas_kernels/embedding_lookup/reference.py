@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.arrays import Weight
 from pallas_kernels.dispatch import dense
+from pallas_kernels.packed import Weight
 
 
 def why_not(w: Weight, ids: jax.Array) -> str | None:

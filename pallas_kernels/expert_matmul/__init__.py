@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.arrays import Weight
 from pallas_kernels.expert_matmul import reference, xla
+from pallas_kernels.packed import Weight
 
 IMPLEMENTATIONS = {"xla": xla, "reference": reference}
 

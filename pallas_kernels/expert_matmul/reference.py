@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.arrays import Weight
 from pallas_kernels.dispatch import dense
+from pallas_kernels.packed import Weight
 
 
 def why_not(x: jax.Array, w: Weight, expert_ids: jax.Array) -> str | None:

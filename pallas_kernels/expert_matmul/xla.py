@@ -12,7 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.arrays import Weight
+from pallas_kernels.packed import Weight
 from pallas_kernels.quantized_matmul.xla import matmul_dense
 from pallas_kernels.wordwise import weighted_sums
 

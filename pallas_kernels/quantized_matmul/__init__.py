@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.arrays import Weight
-from pallas_kernels.quantized_matmul import reference, xla
+from pallas_kernels.packed import Weight
+from pallas_kernels.quantized_matmul import mosaic, reference, xla
 
-IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+IMPLEMENTATIONS = {"xla": xla, "mosaic": mosaic, "reference": reference}
 
 
 def quantized_matmul(x: jax.Array, w: Weight, *, implementation: str | None = None) -> jax.Array:

@@ -5,10 +5,10 @@
     sums of the warps that share a row tile ──shared memory──▶ added in order ──▶ y
 
 A *unit* is a row tile (16 rows of w) by a chunk (256 or 64 columns): 2.3 KB in Q4K. The grid is persistent: a CTA of
-`Config.warpgroups` x 4 warps takes `Config.tiles` row tiles at a time, and its warps take turns in the chunks of a tile,
-so K is split over warps / tiles of them. Each warp reads its own units, holds one in registers while the next, also that
-of the next tile, is on its way, and meets the others once a tile. Sums are added in a fixed order: results do not depend
-on timing.
+`Config.warpgroups` x 4 warps takes `Config.tiles` row tiles at a time, and its warps take turns in the chunks of a
+tile, so K is split over warps / tiles of them. Each warp reads its own units, holds one in registers while the next,
+also that of the next tile, is on its way, and meets the others once a tile. Sums are added in a fixed order: results
+do not depend on timing.
 
 Bytes moved: w once; x once per SM, from L2. Shared memory: 128 bytes per warp and row of x. Registers: what 16 warps an
 SM leave, 128. Bound: the weights' bytes at the card's copy bandwidth. No card has run it.
@@ -17,7 +17,9 @@ SM leave, 128. Bound: the weights' bytes at the card's copy bandwidth. No card h
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -27,9 +29,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import lanes
-from pallas_kernels.arrays import Weight
 from pallas_kernels.fragments import MAX_ROWS, Units, units, why_no_units
-from pallas_kernels.packed import ROWS
+from pallas_kernels.packed import ROWS, Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +75,13 @@ def quantized_matmul(x: jax.Array, w: Weight, config: Config | None = None) -> j
     """float32 ``[..., N] = x [..., K] @ w [N, K].T``."""
     config = config or default_config(x, w)
     rows = x.reshape(-1, x.shape[-1])
-    y = _kernel(len(rows), *w.shape, units(w), config)(rows, *units(w).planes)
-    return y.reshape(*x.shape[:-1], w.shape[0])
+    n, k = w.shape
+    y = _kernel(len(rows), n, k, units(w), config)(rows, *units(w).planes)
+    return y.reshape(*x.shape[:-1], n)
+
+
+def _flat(lists: Iterable[list[Any]]) -> list[Any]:
+    return list(itertools.chain.from_iterable(lists))
 
 
 def _kernel(m: int, n: int, k: int, unit: Units, config: Config) -> Any:
@@ -100,18 +106,22 @@ def _kernel(m: int, n: int, k: int, unit: Units, config: Config) -> Any:
     def load(i: Any, refs: Any, _: Any, scalars: Any) -> list[Any]:
         tile, chunk, exists = place(i, *scalars)
         index = i.iadd(i.imul(tile, i.u32(chunks)), chunk)
-        return [sum((piece(i, refs, index, exists) for _, piece in unit.pieces), [])]
+        return [_flat(piece(i, refs, index, exists) for _, piece in unit.pieces)]
 
     def multiply(i: Any, refs: Any, arrays: Any, scalars: Any) -> list[Any]:
         x_gmem, *planes = refs
         sums, registers, *constants = arrays
         group, warpgroup, turn, next_group, next_turn = scalars
         _, chunk, _ = place(i, group, warpgroup, turn)
-        chunk = i.imin(chunk, i.u32(chunks - 1))  # where there is no unit its weights are zeros, and x must be numbers
+        chunk = i.imin(
+            chunk, i.u32(chunks - 1)
+        )  # where there is no unit its weights are zeros, and x must be numbers
         g, t = i.shift_right(i.lane(), 2), i.and_(i.lane(), 3)
 
         def x(tile: int, first: int, words: int) -> Any:
-            row = i.imin(i.iadd(g, i.u32(8 * tile)), i.u32(m - 1))  # columns beyond m repeat the last
+            row = i.imin(
+                i.iadd(g, i.u32(8 * tile)), i.u32(m - 1)
+            )  # columns beyond m repeat the last
             word = i.iadd(i.imul(row, i.u32(k // 2)), i.imul(chunk, i.u32(unit.chunk // 2)))
             return i.load(x_gmem, i.iadd(word, i.imul(t, i.u32(words))), words, offset=first // 2)
 
@@ -125,7 +135,7 @@ def _kernel(m: int, n: int, k: int, unit: Units, config: Config) -> Any:
         by_tile = [sums[4 * tile : 4 * tile + 4] for tile in range(column_tiles)]
         pieces = unit.split(registers)
         by_tile = unit.multiply(i, pieces, done, constants, x, by_tile, columns)
-        return [sum(by_tile, []), sum(following, [])]
+        return [_flat(by_tile), _flat(following)]
 
     def exchange(i: Any, refs: Any, arrays: Any, _: Any) -> list[Any]:
         """Writes this warp's sums to its piece ``[m, 16]`` of shared memory."""
@@ -158,7 +168,9 @@ def _kernel(m: int, n: int, k: int, unit: Units, config: Config) -> Any:
                 word = i.iadd(i.imul(i.iadd(i.imul(warp, i.u32(m)), x_row), i.u32(ROWS)), row)
                 [bits] = i.load(sums_smem, word, 1, where=inside)
                 total = i.fadd(total, i.float_of_bits(bits))
-            y_row = i.iadd(i.imul(i.iadd(i.imul(group, i.u32(config.tiles)), tile), i.u32(ROWS)), row)
+            y_row = i.iadd(
+                i.imul(i.iadd(i.imul(group, i.u32(config.tiles)), tile), i.u32(ROWS)), row
+            )
             inside = i.both(inside, i.less(y_row, i.u32(n)))
             i.store(y_gmem, i.iadd(i.imul(x_row, i.u32(n)), y_row), [total], where=inside)
         return []

@@ -12,8 +12,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.arrays import Q6K, QuantizedArray, Weight
-from pallas_kernels.dispatch import dense
+from pallas_kernels.arrays import Q6K, QuantizedArray
+from pallas_kernels.dispatch import dense, unpacked
+from pallas_kernels.packed import Weight
 from pallas_kernels.wordwise import weighted_sums
 
 
@@ -37,6 +38,7 @@ def default_config(x: jax.Array, w: Weight) -> Config:
 def quantized_matmul(x: jax.Array, w: Weight, config: Config | None = None) -> jax.Array:
     """float32 ``[..., N] = x [..., K] @ w [N, K].T``."""
     config = config or default_config(x, w)
+    w = unpacked(w)
     rows = math.prod(x.shape[:-1])
     narrower = isinstance(w, QuantizedArray) or w.dtype.itemsize < x.dtype.itemsize
     if narrower and 0 < rows <= config.max_wordwise_rows:
