@@ -249,8 +249,8 @@ class PackedQ6K(_PackedArray):
     Attributes:
         codes: uint32 ``[..., N/16, K/256, 4, 32 lanes, 4]``, the low four bits. Of a lane's 64 columns (four groups of
             16) word `group` holds columns 4 t + 2 j + h of rows g + 8 r as nibble 4 h + 2 j + r.
-        high: uint32 ``[..., N/16, K/256, 2, 32 lanes, 4]``, the high two bits: of a lane's 128 columns word w is that of
-            groups 2 w and 2 w + 1, in field 8 h + 4 (group % 2) + 2 j + r.
+        high: uint32 ``[..., N/16, K/256, 2, 32 lanes, 4]``, the high two bits: of a lane's 128 columns word w is that
+            of groups 2 w and 2 w + 1, in field 8 h + 4 (group % 2) + 2 j + r.
         header: uint32 ``[..., N/16, K/256, 16, 4]``: the int8 scales of a row's 16 groups.
         d: uint32 ``[..., N/16, K/256, 8]``: the bits of d of rows g (low half) and g + 8.
     """
