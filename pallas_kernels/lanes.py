@@ -1,9 +1,9 @@
 """Programs for one lane of a warp, written once and run twice: as PTX in a Mosaic GPU kernel, as arrays on a CPU.
 
 Pallas has no word for ``mma.sync``, ``prmt`` or a 16-byte load per lane. A *lane program* is a Python function of an
-instruction set: `Ptx` emits what its methods name, for the one lane that runs it; `Emulated` does the same to arrays
-``[4, 32]`` (the warps of a warpgroup and their lanes), one array for each register. So the twin that a CPU runs in
-Pallas' GPU interpret mode is the program itself, and a test of it sees every lane.
+instruction set: `Ptx` emits what its methods name, for the one lane that runs it; `Emulated` does the same to numpy
+arrays ``[4, 32]`` (the warps of a warpgroup and their lanes), one array for each register. So the twin that a CPU runs
+in Pallas' GPU interpret mode is the program itself, and a test of it sees every lane.
 
 Values pass between lane programs, loops and branches of a kernel as arrays ``[4, 32, n]``: n registers of each lane.
 
@@ -23,8 +23,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
-from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -81,6 +81,7 @@ def run(
     refs: Sequence[Any] = (),
     arrays: Sequence[jax.Array] = (),
     scalars: Sequence[jax.Array] = (),
+    stores: Sequence[int] = (),
 ) -> list[jax.Array]:
     """Runs ``program(instructions, refs, arrays, scalars)`` in every lane of this warpgroup.
 
@@ -91,15 +92,13 @@ def run(
         refs: in global or shared memory, whole: addresses are the program's business.
         arrays: ``[4, 32, n]``.
         scalars: int32, the same for all lanes.
+        stores: which of the refs the program writes to.
 
     Returns:
         Arrays ``[4, 32, n]``.
     """
     if is_interpreted():
-        inputs = [[a[..., i] for i in range(a.shape[-1])] for a in arrays]
-        out = program(Emulated(), list(refs), inputs, [_everywhere(s) for s in scalars])
-        assert [len(registers) for registers in out] == [n for n, _ in results]
-        return [jnp.stack(registers, axis=-1) for registers in out]
+        return _emulate(program, results, refs, arrays, scalars, stores)
 
     kinds = (
         [plgpu.RefType()] * len(refs),
@@ -336,27 +335,71 @@ class Ptx:
         return "global", arith.addi(base, offset), "l"
 
 
-def _everywhere(scalar: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(jnp.asarray(scalar).astype(U32), (WARPS, LANES))
+def _emulate(
+    program: Callable[..., Sequence[Registers]],
+    results: Sequence[tuple[int, Any]],
+    refs: Sequence[Any],
+    arrays: Sequence[jax.Array],
+    scalars: Sequence[jax.Array],
+    stores: Sequence[int],
+) -> list[jax.Array]:
+    """`run` on a CPU. In numpy: compiled, a program's thousands of small operations would take seconds."""
+
+    def on_host(contents: Any, arrays: Any, scalars: Any) -> Any:
+        memories = [Memory(np.array(content)) for content in contents]
+        inputs = [
+            [np.array(a[..., i]) for i in range(a.shape[-1])] for a in map(np.asarray, arrays)
+        ]
+        singles = [np.full((WARPS, LANES), s, np.int32).view(np.uint32) for s in scalars]
+        with np.errstate(all="ignore"):
+            out = program(Emulated(), memories, inputs, singles)
+        assert [len(registers) for registers in out] == [n for n, _ in results]
+        values = [
+            np.stack(registers, axis=-1).astype(dtype)
+            for registers, (_, dtype) in zip(out, results, strict=True)
+        ]
+        return values, [memories[i].content() for i in stores]
+
+    contents = [ref[...] for ref in refs]
+    shapes = (
+        [jax.ShapeDtypeStruct((WARPS, LANES, n), dtype) for n, dtype in results],
+        [jax.ShapeDtypeStruct(contents[i].shape, contents[i].dtype) for i in stores],
+    )
+    values, written = jax.pure_callback(on_host, shapes, contents, list(arrays), list(scalars))
+    for i, content in zip(stores, written, strict=True):
+        refs[i][...] = content
+    return values
+
+
+class Memory:
+    """What a ref holds, as 32-bit words."""
+
+    def __init__(self, content: np.ndarray) -> None:
+        self._shape, self._dtype = content.shape, content.dtype
+        self.words = np.ascontiguousarray(content).reshape(-1).view(np.uint32)
+
+    def content(self) -> np.ndarray:
+        """The words in the shape and type of the ref."""
+        return self.words.view(self._dtype).reshape(self._shape)
 
 
 class Emulated:
     """The same instructions on arrays ``[4, 32]``: what every lane of a warpgroup holds in a register."""
 
     def u32(self, value: int) -> Register:
-        return jnp.full((WARPS, LANES), np.uint32(value & 0xFFFFFFFF))
+        return np.full((WARPS, LANES), value & 0xFFFFFFFF, np.uint32)
 
     def number(self, value: float) -> Register:
-        return jnp.full((WARPS, LANES), value, F32)
+        return np.full((WARPS, LANES), value, np.float32)
 
     def opaque(self, bits: int) -> Registers:
         return [self.u32(bits)] * 4
 
     def lane(self) -> Register:
-        return lax.broadcasted_iota(U32, (WARPS, LANES), 1)
+        return np.broadcast_to(np.arange(LANES, dtype=np.uint32), (WARPS, LANES))
 
     def warp(self) -> Register:
-        return lax.broadcasted_iota(U32, (WARPS, LANES), 0)
+        return np.broadcast_to(np.arange(WARPS, dtype=np.uint32)[:, None], (WARPS, LANES))
 
     def iadd(self, a: Register, b: Register) -> Register:
         return a + b
@@ -371,7 +414,7 @@ class Emulated:
         return a % b
 
     def imin(self, a: Register, b: Register) -> Register:
-        return jnp.minimum(a, b)
+        return np.minimum(a, b)
 
     def less(self, a: Register, b: Register) -> Register:
         return a < b
@@ -398,7 +441,7 @@ class Emulated:
         return (a & np.uint32(mask)) | b
 
     def bytes_of(self, a: Register, selector: int) -> Register:
-        out = jnp.zeros_like(a)
+        out = np.zeros_like(a)
         for place in range(4):
             which = (selector >> (4 * place)) & 15
             assert which < 8, "sign replication is not modelled"
@@ -410,18 +453,18 @@ class Emulated:
         return _word_of_bf16(_bf16_of_word(a) - _bf16_of_word(b))
 
     def float_of_half(self, a: Register, place: int) -> Register:
-        half = (a >> np.uint32(16 * place)).astype(jnp.uint16)
-        return lax.bitcast_convert_type(half, jnp.float16).astype(F32)
+        half = (a >> np.uint32(16 * place)).astype(np.uint16)
+        return half.view(np.float16).astype(np.float32)
 
     def float_of_byte(self, a: Register, place: int, *, signed: bool = False) -> Register:
-        byte = (a >> np.uint32(8 * place)).astype(jnp.int8 if signed else jnp.uint8)
-        return byte.astype(F32)
+        byte = (a >> np.uint32(8 * place)).astype(np.uint8)
+        return (byte.view(np.int8) if signed else byte).astype(np.float32)
 
     def float_of_bits(self, a: Register) -> Register:
-        return lax.bitcast_convert_type(a, F32)
+        return a.view(np.float32)
 
     def bits_of_float(self, a: Register) -> Register:
-        return lax.bitcast_convert_type(a, U32)
+        return a.view(np.uint32)
 
     def fadd(self, a: Register, b: Register) -> Register:
         return a + b
@@ -430,10 +473,10 @@ class Emulated:
         return a * b
 
     def fma(self, a: Register, b: Register, c: Register) -> Register:
-        return a * b + c
+        return (a.astype(np.float64) * b + c).astype(np.float32)
 
     def mma(self, a: Registers, b: Registers, c: Registers) -> Registers:
-        product = jnp.einsum("wmk,wkn->wmn", _matrix_a(a), _matrix_b(b), precision="highest")
+        product = _matrix_a(a) @ _matrix_b(b)
         # c0, c1 of row g, then those of row g + 8: [warp, half, g, t, pair]
         by_lane = product.reshape(WARPS, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4)
         by_lane = by_lane.reshape(WARPS, LANES, 4)
@@ -441,7 +484,7 @@ class Emulated:
 
     def load(
         self,
-        ref: Any,
+        ref: Memory,
         word: Register,
         n: int,
         *,
@@ -451,52 +494,42 @@ class Emulated:
         streamed: bool = False,
     ) -> Registers:
         del streamed
-        otherwise = 0xDEADBEEF if otherwise is None else otherwise
-        words = _words(ref[...])
-        word = jnp.broadcast_to(word, (WARPS, LANES)).astype(jnp.int32) + offset
-        out = [words.at[word + i].get(mode="fill", fill_value=0xDEADBEEF) for i in range(n)]
-        return out if where is None else [jnp.where(where, r, np.uint32(otherwise)) for r in out]
+        where = np.ones((WARPS, LANES), bool) if where is None else where
+        first = np.broadcast_to(word, (WARPS, LANES)).astype(np.int64) + offset
+        assert np.all(first[where] % n == 0), "misaligned"
+        assert np.all(first[where] + n <= ref.words.size), "beyond the end"
+        filler = np.uint32(0xDEADBEEF if otherwise is None else otherwise)
+        first = np.where(where, first, 0)
+        return [np.where(where, ref.words[first + i], filler) for i in range(n)]
 
     def store(
-        self, ref: Any, word: Register, values: Registers, *, where: Register | None = None
+        self, ref: Memory, word: Register, values: Registers, *, where: Register | None = None
     ) -> None:
-        content = ref[...]
-        flat = content.reshape(-1)
-        where = jnp.ones((WARPS, LANES), bool) if where is None else where
-        word = jnp.where(where, word.astype(jnp.int32), flat.shape[0])
+        where = np.ones((WARPS, LANES), bool) if where is None else where
+        first = np.broadcast_to(word, (WARPS, LANES)).astype(np.int64)[where]
         for i, value in enumerate(values):
-            flat = flat.at[word + i].set(value.astype(flat.dtype), mode="drop")
-        ref[...] = flat.reshape(content.shape)
+            ref.words[first + i] = value.view(np.uint32)[where]
 
 
-def _words(content: jax.Array) -> jax.Array:
-    """The bytes of an array as 32-bit words."""
-    flat = content.reshape(-1)
-    if flat.dtype.itemsize == 4:
-        return lax.bitcast_convert_type(flat, U32)
-    return lax.bitcast_convert_type(flat.reshape(-1, 4 // flat.dtype.itemsize), U32)
-
-
-def _bf16_of_word(word: Register) -> jax.Array:
+def _bf16_of_word(word: Register) -> np.ndarray:
     """float32 ``[..., 2]``: the low and the high half as bfloat16."""
-    halves = jnp.stack([word << np.uint32(16), word & np.uint32(0xFFFF0000)], axis=-1)
-    return lax.bitcast_convert_type(halves, F32)
+    return np.stack([word << np.uint32(16), word & np.uint32(0xFFFF0000)], -1).view(np.float32)
 
 
-def _word_of_bf16(pair: jax.Array) -> Register:
-    bits = lax.bitcast_convert_type(pair.astype(jnp.bfloat16), jnp.uint16).astype(U32)
+def _word_of_bf16(pair: np.ndarray) -> Register:
+    bits = pair.astype(ml_dtypes.bfloat16).view(np.uint16).astype(np.uint32)
     return bits[..., 0] | (bits[..., 1] << np.uint32(16))
 
 
-def _matrix_a(a: Registers) -> jax.Array:
+def _matrix_a(a: Registers) -> np.ndarray:
     """``[warp, 16, 16]``: rows (half of a0/a1, g), columns (half of a0/a2, t, pair)."""
-    words = jnp.stack([_bf16_of_word(register) for register in a], axis=2)
+    words = np.stack([_bf16_of_word(register) for register in a], axis=2)
     words = words.reshape(WARPS, 8, 4, 2, 2, 2)  # warp, g, t, column half, row half, pair
     return words.transpose(0, 4, 1, 3, 2, 5).reshape(WARPS, 16, 16)
 
 
-def _matrix_b(b: Registers) -> jax.Array:
+def _matrix_b(b: Registers) -> np.ndarray:
     """``[warp, 16, 8]``: rows (b0/b1, t, pair), columns g."""
-    words = jnp.stack([_bf16_of_word(register) for register in b], axis=2)
+    words = np.stack([_bf16_of_word(register) for register in b], axis=2)
     words = words.reshape(WARPS, 8, 4, 2, 2)  # warp, g, t, row half, pair
     return words.transpose(0, 3, 2, 4, 1).reshape(WARPS, 16, 8)

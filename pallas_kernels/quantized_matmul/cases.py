@@ -18,6 +18,7 @@ SMALL: dict[str, Case] = {
     "small_704": Case(33, 704),
     "small_2112": Case(16, 2112),
     "small_96": Case(7, 96),
+    "small_packed": Case(32, 192),
 }
 
 REAL: dict[str, Case] = {

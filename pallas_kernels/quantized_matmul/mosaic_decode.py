@@ -199,14 +199,14 @@ def _kernel(m: int, n: int, k: int, unit: Units, config: Config) -> Any:
 
             # Two buffers: whoever writes this one again has passed the next group's barrier, and so have its readers.
             buffer = sums_smem.at[lax.rem(index, jnp.int32(2))]
-            lanes.run(exchange, refs=[buffer.at[warpgroup]], arrays=[sums])
+            lanes.run(exchange, refs=[buffer.at[warpgroup]], arrays=[sums], stores=[0])
             plgpu.barrier_arrive(exchanged)
             plgpu.barrier_wait(exchanged)
             is_writer = warpgroup == lax.rem(index, jnp.int32(config.warpgroups))
 
             @pl.when(is_writer)
             def _() -> None:
-                lanes.run(finish, refs=[buffer, y_gmem], scalars=[group])
+                lanes.run(finish, refs=[buffer, y_gmem], scalars=[group], stores=[1])
 
             return following
 

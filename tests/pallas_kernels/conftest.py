@@ -54,3 +54,22 @@ def sum_tolerance() -> Callable[[int], float]:
 def bf16_rounding() -> float:
     """Relative to ``sum |x w|``, what rounding the weights to bfloat16 may cost: half a unit of 8 bits."""
     return float(jnp.finfo(jnp.bfloat16).eps) / 2
+
+
+@pytest.fixture
+def offset_rounding() -> Callable[[str], float]:
+    """Relative to ``sum |x w|``, what adding 128 (Q6K: 160) to codes on tensor cores and taking it away again may cost.
+
+    A group of 32 products (16) is added up in float32, each rounding at most 2**-24 of ``sum (offset + q) |x|``. Over
+    independent x, ``sum |x w|`` is at least ``scale * E|q - mean| * sum |x|``, and E|q - mean| of normal weights is a
+    quarter of the range of Q4K, and a tenth of that of the others, whose scale follows the largest of 16 or 32.
+    """
+    typical = {"q4k": 16 / 4, "q6k": 64 / 10}
+    offsets = {"q4k": 128 + 15, "q6k": 160 + 63}
+
+    def of(weight_format: str) -> float:
+        if weight_format not in offsets:
+            return 0.0  # eQ8_0 and bfloat16 are multiplied as they are
+        return 8 * 2.0**-24 * offsets[weight_format] / typical[weight_format]
+
+    return of

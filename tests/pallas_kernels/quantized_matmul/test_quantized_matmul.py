@@ -1,14 +1,20 @@
-"""Every implementation of ``quantized_matmul`` against a float64 product of the values it stands for."""
+"""Every implementation of ``quantized_matmul`` against a float64 product of the values it stands for.
+
+Those for GPUs run in Pallas' interpret mode, their inline blocks emulated lane by lane.
+"""
 
 from __future__ import annotations
+
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import FORMATS, quantized_matmul
-from pallas_kernels.quantized_matmul import IMPLEMENTATIONS
+from pallas_kernels import FORMATS, lanes, pack_array, quantized_matmul
+from pallas_kernels.packed import why_not_packed
+from pallas_kernels.quantized_matmul import IMPLEMENTATIONS, mosaic_decode
 from pallas_kernels.quantized_matmul.cases import SMALL
 
 WEIGHT_FORMATS = (*FORMATS, "bf16", "f32")
@@ -32,14 +38,28 @@ def test_equals_the_product_of_the_values(
     magnitudes,
     sum_tolerance,
     bf16_rounding,
+    offset_rounding,
 ) -> None:
     n, k = SMALL[case]
     w = make_weight(weight_format, (n, k))
+    served = w
+    if implementation == "mosaic" and weight_format in FORMATS:
+        if why_not_packed(type(w), (n, k)):
+            with pytest.raises(ValueError, match=r"cannot serve this: w is .* pack it"):
+                quantized_matmul(jnp.zeros((1, k), jnp.bfloat16), w, implementation=implementation)
+            return
+        served = pack_array(w)
     rng = np.random.default_rng(5)
     run = jax.jit(lambda x, w: quantized_matmul(x, w, implementation=implementation))
     for shape in ((k,), (1, k), (2, 3, k), (20, k)):
         x = jnp.asarray(rng.standard_normal(shape), X_DTYPES[x_dtype])
-        got = run(x, w)
+        reason = implementation and IMPLEMENTATIONS[implementation].why_not(x, served)
+        if reason:
+            with pytest.raises(ValueError, match=re.escape(reason)):
+                run(x, served)
+            continue
+        with lanes.interpreted():
+            got = run(x, served)
         assert got.dtype == jnp.float32
         assert got.shape == (*shape[:-1], n)
         x64 = np.asarray(x, np.float64)
@@ -47,7 +67,57 @@ def test_equals_the_product_of_the_values(
         # Beyond eight rows the weights are dequantized to the type of x.
         rounded = weight_format in FORMATS and x_dtype == "bf16" and implementation != "reference"
         tolerance = sum_tolerance(k) + (bf16_rounding if rounded and shape[0] == 20 else 0)
+        if implementation == "mosaic":
+            tolerance += offset_rounding(weight_format)
         assert np.all(np.abs(got - x64 @ _values(w).T) <= tolerance * scale)
+
+
+@pytest.mark.parametrize(
+    ("weight_format", "rows", "tiles", "warpgroups", "ctas"),
+    [
+        ("q4k", 3, 4, 1, 2),  # more tiles than there are: the last CTA's are cut off
+        ("q4k", 1, 1, 2, 1),  # fewer chunks than warps, several groups for one CTA
+        ("eq8_0", 16, 2, 1, 8),  # two tiles of columns
+        ("q6k", 9, 1, 1, 2),
+        ("bf16", 16, 1, 1, 2),
+    ],
+)
+def test_a_decode_matmul_does_not_depend_on_how_it_is_spread(
+    weight_format,
+    rows,
+    tiles,
+    warpgroups,
+    ctas,
+    make_weight,
+    magnitudes,
+    sum_tolerance,
+    offset_rounding,
+) -> None:
+    n, k = 80, 768
+    w = make_weight(weight_format, (n, k))
+    x = jnp.asarray(np.random.default_rng(3).standard_normal((rows, k)), jnp.bfloat16)
+    config = mosaic_decode.Config(tiles=tiles, warpgroups=warpgroups, ctas=ctas)
+    served = pack_array(w) if weight_format in FORMATS else w
+    with lanes.interpreted():
+        got = jax.jit(lambda x, w: mosaic_decode.quantized_matmul(x, w, config))(x, served)
+    x64 = np.asarray(x, np.float64)
+    tolerance = (sum_tolerance(k) + offset_rounding(weight_format)) * (
+        np.abs(x64) @ magnitudes(w).T
+    )
+    assert np.all(np.abs(got - x64 @ _values(w).T) <= tolerance)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_every_implementation_serves_packed_weights(
+    weight_format, implementation, make_weight
+) -> None:
+    w = make_weight(weight_format, (16, 256))
+    x = jnp.asarray(np.random.default_rng(4).standard_normal((2, 256)), jnp.float32)
+    plain, packed = (
+        quantized_matmul(x, v, implementation=implementation) for v in (w, pack_array(w))
+    )
+    assert np.array_equal(plain, packed)
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)
@@ -75,5 +145,5 @@ def test_errors_name_the_argument(make_weight) -> None:
         quantized_matmul(jnp.zeros((2, 64)), make_weight("q4k", (2, 6, 64)))
     with pytest.raises(ValueError, match="w has dtype int8"):
         quantized_matmul(jnp.zeros((2, 64)), jnp.zeros((6, 64), jnp.int8))
-    with pytest.raises(ValueError, match="one of xla, reference"):
+    with pytest.raises(ValueError, match="one of xla, mosaic, reference"):
         quantized_matmul(jnp.zeros((2, 64)), w, implementation="cutlass")

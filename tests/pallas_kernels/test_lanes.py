@@ -1,0 +1,117 @@
+"""The emulated instructions against their definitions, lane by lane: what the PTX ISA says of each."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pallas_kernels import lanes
+from pallas_kernels.lanes import LANES, WARPS, Emulated
+
+DEVICE = Emulated()
+SHAPE = (WARPS, LANES)
+
+
+def _words(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 2**32, SHAPE, dtype=np.uint32)
+
+
+def _bf16_pair(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    halves = [
+        np.asarray(h, ml_dtypes.bfloat16).view(np.uint16).astype(np.uint32) for h in (low, high)
+    ]
+    return halves[0] | halves[1] << 16
+
+
+def test_mma_multiplies_the_matrices_whose_elements_the_isa_puts_into_each_lane() -> None:
+    rng = np.random.default_rng(1)
+    a = rng.standard_normal((WARPS, 16, 16)).astype(ml_dtypes.bfloat16)
+    b = rng.standard_normal((WARPS, 16, 8)).astype(ml_dtypes.bfloat16)
+    c = rng.standard_normal((WARPS, 16, 8)).astype(np.float32)
+    registers_a = np.zeros((4, *SHAPE), np.uint32)
+    registers_b = np.zeros((2, *SHAPE), np.uint32)
+    registers_c = np.zeros((4, *SHAPE), np.float32)
+    for lane in range(LANES):
+        group, t = lane // 4, lane % 4  # groupID and threadID_in_group
+        for i in range(8):
+            row = group if i % 4 < 2 else group + 8
+            column = t * 2 + i % 2 + (0 if i < 4 else 8)
+            half = a[:, row, column].view(np.uint16).astype(np.uint32)
+            registers_a[i // 2, :, lane] |= half << (16 * (i % 2))
+        for i in range(4):
+            row, column = t * 2 + i % 2 + (0 if i < 2 else 8), group
+            half = b[:, row, column].view(np.uint16).astype(np.uint32)
+            registers_b[i // 2, :, lane] |= half << (16 * (i % 2))
+        for i in range(4):
+            registers_c[i, :, lane] = c[:, group if i < 2 else group + 8, t * 2 + i % 2]
+    got = DEVICE.mma(*(list(r) for r in (registers_a, registers_b, registers_c)))
+    want = np.einsum("wmk,wkn->wmn", a.astype(np.float64), b.astype(np.float64)) + c
+    for lane in range(LANES):
+        for i in range(4):
+            row, column = lane // 4 + (0 if i < 2 else 8), lane % 4 * 2 + i % 2
+            np.testing.assert_allclose(got[i][:, lane], want[:, row, column], rtol=0, atol=1e-4)
+
+
+def test_prmt_picks_bytes_of_its_operand_and_zeros() -> None:
+    word = _words(2)
+    got = np.asarray(DEVICE.bytes_of(word, 0x4342))
+    assert np.array_equal(got, (word >> 16 & 0xFF) | (word >> 24) << 16)
+    got = np.asarray(DEVICE.bytes_of(word, 0x0123))
+    assert np.array_equal(got, word.byteswap())
+
+
+def test_lop3_masks_then_sets() -> None:
+    word, other = _words(3), _words(4)
+    assert np.array_equal(DEVICE.and_or(word, 0xF000F, 0x43004300), word & 0xF000F | 0x43004300)
+    got = DEVICE.and_or_register(word, 0x300030, other)
+    assert np.array_equal(got, word & 0x300030 | other)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_bytes_convert_with_and_without_sign(place: int) -> None:
+    word = _words(5)
+    byte = (word >> (8 * place) & 0xFF).astype(np.uint8)
+    assert np.array_equal(DEVICE.float_of_byte(word, place), byte.astype(np.float32))
+    signed = DEVICE.float_of_byte(word, place, signed=True)
+    assert np.array_equal(signed, byte.view(np.int8).astype(np.float32))
+
+
+def test_halves_convert_by_place() -> None:
+    halves = np.random.default_rng(6).standard_normal((2, *SHAPE)).astype(np.float16)
+    bits = halves.view(np.uint16).astype(np.uint32)
+    word = bits[0] | bits[1] << 16
+    for place in range(2):
+        assert np.array_equal(DEVICE.float_of_half(word, place), halves[place].astype(np.float32))
+
+
+def test_bf16_pairs_subtract_by_half() -> None:
+    rng = np.random.default_rng(7)
+    a, b = (rng.integers(0, 256, (2, *SHAPE)).astype(np.float32) for _ in range(2))
+    got = DEVICE.subtract_bf16x2(_bf16_pair(*a), _bf16_pair(*b))
+    assert np.array_equal(np.asarray(got), _bf16_pair(*(a - b)))
+
+
+def test_loads_read_words_of_any_type_and_leave_out_lanes() -> None:
+    content = np.random.default_rng(8).standard_normal((4, 64)).astype(ml_dtypes.bfloat16)
+    want = content.reshape(-1).view(np.uint32)
+    memory, lane = lanes.Memory(content), DEVICE.lane()
+    pair = DEVICE.load(memory, lane + lane, 2, offset=4, where=lane < 16)
+    for i, got in enumerate(pair):
+        index = np.where(np.arange(LANES) < 16, 2 * np.arange(LANES) + 4 + i, 0)
+        expected = np.where(np.arange(LANES) < 16, want[index], 0)
+        assert np.array_equal(got, np.broadcast_to(expected, SHAPE))
+
+
+def test_loads_that_a_gpu_would_refuse_are_errors() -> None:
+    memory, lane = lanes.Memory(np.zeros(64, np.float32)), DEVICE.lane()
+    with pytest.raises(AssertionError, match="misaligned"):
+        DEVICE.load(memory, lane, 2)
+    with pytest.raises(AssertionError, match="beyond the end"):
+        DEVICE.load(memory, lane + lane, 2, offset=2)
+
+
+def test_kernels_are_traced_for_a_cpu_only_inside_the_context() -> None:
+    with lanes.interpreted():
+        assert lanes.is_interpreted()
+    assert not lanes.is_interpreted()
