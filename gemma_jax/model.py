@@ -31,6 +31,7 @@ from gemma_jax.norms import NormedInput, Residual, add_normed, rms_norm
 from gemma_jax.parameters import vector_param, weight_param
 from gemma_jax.rope import apply_rope, rope_table
 from pallas_kernels.attention import attention
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.embedding_lookup import embedding_lookup
 from pallas_kernels.quantized_matmul import quantized_matmul
 
@@ -44,12 +45,13 @@ class Gemma4(nn.Module):
     Attributes:
       config: sizes and switches.
       dtype: type of the activations in matmuls and of the cache.
-      implementation: which implementation of the ops to use; None picks the best for the device.
+      implementation: which implementation of the ops to use, or several in order of preference ("mosaic", "xla");
+        None picks the best for the device.
     """
 
     config: Gemma4Config
     dtype: Any = jnp.float32
-    implementation: str | None = None
+    implementation: Implementation = None
 
     def setup(self) -> None:
         c = self.config
@@ -176,7 +178,7 @@ class Embedding(nn.Module):
 
     vocab_size: int
     hidden_size: int
-    implementation: str | None
+    implementation: Implementation
 
     def setup(self) -> None:
         shape = (self.vocab_size, self.hidden_size)
@@ -194,7 +196,7 @@ class PerLayerEmbedding(nn.Module):
 
     config: Gemma4Config
     dtype: Any
-    implementation: str | None
+    implementation: Implementation
 
     @nn.compact
     def __call__(self, tokens: jax.Array, h: jax.Array, first: int, end: int) -> jax.Array:
@@ -221,7 +223,7 @@ class Layer(nn.Module):
     config: Gemma4Config
     index: int
     dtype: Any
-    implementation: str | None
+    implementation: Implementation
 
     def setup(self) -> None:
         c, i = self.config, self.index
@@ -269,7 +271,7 @@ class Attention(nn.Module):
     config: Gemma4Config
     index: int
     dtype: Any
-    implementation: str | None
+    implementation: Implementation
 
     @nn.compact
     def __call__(
@@ -325,7 +327,7 @@ class FeedForward(nn.Module):
     hidden_size: int
     width: int
     dtype: Any
-    implementation: str | None
+    implementation: Implementation
 
     @nn.compact
     def __call__(self, x: NormedInput) -> jax.Array:
@@ -342,7 +344,7 @@ class PerLayerInput(nn.Module):
 
     config: Gemma4Config
     dtype: Any
-    implementation: str | None
+    implementation: Implementation
 
     @nn.compact
     def __call__(self, h: Residual, ple: jax.Array) -> Residual:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from gemma_jax.config import Gemma4Config
 from gemma_jax.norms import NormedInput, Residual, add_normed
 from gemma_jax.parameters import vector_param, weight_param
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.expert_matmul import expert_matmul
 
 
@@ -24,7 +25,7 @@ class MixtureOfExperts(nn.Module):
 
     config: Gemma4Config
     dtype: Any
-    implementation: str | None
+    implementation: Implementation
 
     @nn.compact
     def __call__(self, h: Residual, dense: jax.Array, outer_norm: jax.Array) -> Residual:

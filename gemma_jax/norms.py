@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.packed import Weight
 from pallas_kernels.quantized_matmul import quantized_matmul
 
@@ -49,7 +50,7 @@ class NormedInput(NamedTuple):
         scale = jax.lax.rsqrt(residual.mean_square + eps)
         return cls(residual.h * weight.astype(jnp.float32), scale)
 
-    def times(self, w: Weight, dtype: Any, implementation: str | None) -> jax.Array:
+    def times(self, w: Weight, dtype: Any, implementation: Implementation) -> jax.Array:
         """float32 ``[B, T, N]``: the norm times ``w`` ``[N, D]`` transposed, with activations of `dtype`."""
         return quantized_matmul(self.x.astype(dtype), w, implementation=implementation) * self.scale
 

@@ -17,37 +17,52 @@ import jax.numpy as jnp
 from pallas_kernels.arrays import QuantizedArray
 from pallas_kernels.packed import PackedArray, Weight
 
+# Every name that some op's table has: of a caller's order of preference an op takes those it knows.
+NAMES = ("xla", "mosaic", "reference")
+# One name, several in order of preference, or None for an op's own order.
+Implementation = str | tuple[str, ...] | None
+
 
 def choose(
-    op: str, table: Mapping[str, ModuleType], implementation: str | None, *args: Any
+    op: str, table: Mapping[str, ModuleType], implementation: Implementation, *args: Any
 ) -> ModuleType:
     """Returns the module of ``table`` that serves ``op(*args)``.
 
     Args:
         op: the op's name, for errors.
         table: implementations in order of preference.
-        implementation: a name of the table; None takes the first module without an objection.
+        implementation: a name of the table, which must serve the call; a tuple of names, of which the first that can
+            does, those that the table lacks left out; None takes the first of the table without an objection.
         *args: the op's array arguments, concrete or abstract.
 
     Raises:
-        ValueError: the name is unknown, or the named module (or every module) objects; the reason is given.
+        ValueError: a name is unknown, or the named module (or every module) objects; the reasons are given.
     """
-    if implementation is not None:
+    if isinstance(implementation, str):
         if implementation not in table:
             raise ValueError(
-                f"{op}: implementation = {implementation!r}: expected None or one of {', '.join(table)}"
+                f"{op}: implementation = {implementation!r}: expected None or one (or several) of "
+                f"{', '.join(table)}"
             )
         reason = table[implementation].why_not(*args)
         if reason is not None:
             raise ValueError(f"{op}: implementation {implementation!r} cannot serve this: {reason}")
         return table[implementation]
+    for name in implementation or ():
+        if name not in NAMES:
+            raise ValueError(
+                f"{op}: implementation = {implementation!r}: {name!r} is none of {', '.join(NAMES)}"
+            )
+    names = list(table) if implementation is None else [n for n in implementation if n in table]
     reasons = []
-    for name, module in table.items():
-        reason = module.why_not(*args)
+    for name in names:
+        reason = table[name].why_not(*args)
         if reason is None:
-            return module
+            return table[name]
         reasons.append(f"{name}: {reason}")
-    raise ValueError(f"{op}: no implementation serves this call ({'; '.join(reasons)})")
+    raise ValueError(
+        f"{op}: no implementation serves this call ({'; '.join(reasons) or 'none was named'})"
+    )
 
 
 def check_weight(op: str, w: Weight, ndim: int) -> None:

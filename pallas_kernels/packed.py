@@ -80,15 +80,22 @@ class _PackedArray:
         return 8 * self.nbytes / math.prod(self.shape)
 
     def __getitem__(self, index: Any) -> Self:
-        """Indexes every plane; `index` addresses axes before the last two, without ``...``."""
+        """Indexes axes before the last two, or takes a slice of whole row tiles of ``[N, K]``.
+
+        Raises:
+            ValueError: anything else.
+        """
+        if self.ndim == 2 and isinstance(index, slice):
+            first, end, step = index.indices(self.shape[0])
+            if step == 1 and first % ROWS == 0 and end % ROWS == 0:
+                tiles = slice(first // ROWS, end // ROWS)
+                return jax.tree.map(lambda plane: plane[tiles], self)
         entries = index if isinstance(index, tuple) else (index,)
-        if (
-            any(i is Ellipsis for i in entries)
-            or sum(i is not None for i in entries) > self.ndim - 2
-        ):
+        too_many = sum(i is not None for i in entries) > self.ndim - 2
+        if too_many or any(i is Ellipsis for i in entries):
             raise ValueError(
                 f"index {index!r} of a packed array of shape {self.shape}: only the axes before the last two can be "
-                "indexed, and not with '...'"
+                f"indexed, without '...', and [N, K] be cut at multiples of {ROWS} rows"
             )
         return jax.tree.map(lambda plane: plane[index], self)
 

@@ -18,7 +18,7 @@ def attention(
     kv_positions: jax.Array,
     *,
     window: int | None = None,
-    implementation: str | None = None,
+    implementation: dispatch.Implementation = None,
 ) -> jax.Array:
     """Computes ``out[t] = sum_s softmax_s(q[t] . k[s]) v[s]`` over the slots s that query t sees.
 
@@ -31,7 +31,8 @@ def attention(
         q_positions: int32 ``[B, T]``; a negative one is padding and its output is zero.
         kv_positions: int32 ``[B, S]``, in any order; a negative one is an empty slot.
         window: how many positions a query looks back, or None for all.
-        implementation: a name in ``IMPLEMENTATIONS``; None takes the first that can serve the call.
+        implementation: a name in ``IMPLEMENTATIONS``, or several in order of preference; None takes the first of
+            the table that can serve the call.
 
     Returns:
         ``[B, T, H, C]`` of q's type; soft-max and sums in float32.

@@ -12,13 +12,16 @@ from pallas_kernels.packed import Weight
 IMPLEMENTATIONS = {"xla": xla, "reference": reference}
 
 
-def embedding_lookup(w: Weight, ids: jax.Array, *, implementation: str | None = None) -> jax.Array:
+def embedding_lookup(
+    w: Weight, ids: jax.Array, *, implementation: dispatch.Implementation = None
+) -> jax.Array:
     """Computes ``y[..., k] = w[ids[...], k]``.
 
     Args:
         w: ``[V, K]``, a quantized array or a plain floating-point one.
         ids: integers ``[...]``; those outside 0..V-1 are clipped to it.
-        implementation: a name in ``IMPLEMENTATIONS``; None takes the first that can serve the call.
+        implementation: a name in ``IMPLEMENTATIONS``, or several in order of preference; None takes the first of
+            the table that can serve the call.
 
     Returns:
         float32 ``[..., K]``.

@@ -1,4 +1,7 @@
-"""``embedding_lookup`` as XLA runs it: gather the rows of the planes, then dequantize only those."""
+"""``embedding_lookup`` as XLA runs it: gather the rows of the planes, then dequantize only those.
+
+Of a packed table whole tiles are gathered, sixteen times the bytes.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import dense
-from pallas_kernels.packed import Weight
+from pallas_kernels.packed import PackedArray, Weight
 
 
 def why_not(w: Weight, ids: jax.Array) -> str | None:
@@ -20,5 +23,6 @@ def default_config(w: Weight, ids: jax.Array) -> None:
 
 def embedding_lookup(w: Weight, ids: jax.Array) -> jax.Array:
     """float32 ``[..., K]``, row ``ids[...]`` of w ``[V, K]``, ids in 0..V-1."""
-    rows = jax.tree.map(lambda plane: plane[ids], w)
-    return dense(rows, jnp.float32)
+    if isinstance(w, PackedArray):
+        return dense(w.rows(ids), jnp.float32)
+    return dense(jax.tree.map(lambda plane: plane[ids], w), jnp.float32)

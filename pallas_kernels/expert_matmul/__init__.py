@@ -13,7 +13,11 @@ IMPLEMENTATIONS = {"xla": xla, "reference": reference}
 
 
 def expert_matmul(
-    x: jax.Array, w: Weight, expert_ids: jax.Array, *, implementation: str | None = None
+    x: jax.Array,
+    w: Weight,
+    expert_ids: jax.Array,
+    *,
+    implementation: dispatch.Implementation = None,
 ) -> jax.Array:
     """Computes ``y[m, n] = sum_k x[m, k] * w[expert_ids[m], n, k]``.
 
@@ -21,7 +25,8 @@ def expert_matmul(
         x: floating point ``[M, K]``.
         w: ``[E, N, K]``, a quantized array or a plain floating-point one.
         expert_ids: integers ``[M]``; those outside 0..E-1 are clipped to it.
-        implementation: a name in ``IMPLEMENTATIONS``; None takes the first that can serve the call.
+        implementation: a name in ``IMPLEMENTATIONS``, or several in order of preference; None takes the first of
+            the table that can serve the call.
 
     Returns:
         float32 ``[M, N]``, sums carried in float32.

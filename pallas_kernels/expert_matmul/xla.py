@@ -12,6 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dispatch import unpacked
 from pallas_kernels.packed import Weight
 from pallas_kernels.quantized_matmul.xla import matmul_dense
 from pallas_kernels.wordwise import weighted_sums
@@ -42,7 +43,7 @@ def expert_matmul(
     """float32 ``[M, N]``: row m is ``w[expert_ids[m]] @ x[m]``, ids in 0..E-1."""
     config = config or default_config(x, w, expert_ids)
     if x.shape[0] <= config.max_wordwise_rows:
-        chosen = jax.tree.map(lambda plane: plane[expert_ids], w)
+        chosen = unpacked(jax.tree.map(lambda plane: plane[expert_ids], w))
         return jax.vmap(weighted_sums)(x[:, None], chosen)[:, 0]
     return _by_blocks(x, w, expert_ids, config.block_m)
 
@@ -67,7 +68,9 @@ def _by_blocks(x: jax.Array, w: Weight, expert_ids: jax.Array, block_m: int) -> 
             lambda plane: jax.lax.dynamic_index_in_dim(plane, expert, keepdims=False), w
         )
         x_block = jax.lax.dynamic_slice_in_dim(padded, b * block_m, block_m)
-        return jax.lax.dynamic_update_slice_in_dim(out, matmul_dense(x_block, own), b * block_m, 0)
+        return jax.lax.dynamic_update_slice_in_dim(
+            out, matmul_dense(x_block, unpacked(own)), b * block_m, 0
+        )
 
     out = jnp.zeros((most_blocks * block_m, n), jnp.float32)
     out = jax.lax.fori_loop(0, blocks_end[-1], block, out)

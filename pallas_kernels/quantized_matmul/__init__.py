@@ -11,13 +11,16 @@ from pallas_kernels.quantized_matmul import mosaic, reference, xla
 IMPLEMENTATIONS = {"xla": xla, "mosaic": mosaic, "reference": reference}
 
 
-def quantized_matmul(x: jax.Array, w: Weight, *, implementation: str | None = None) -> jax.Array:
+def quantized_matmul(
+    x: jax.Array, w: Weight, *, implementation: dispatch.Implementation = None
+) -> jax.Array:
     """Computes ``y[..., n] = sum_k x[..., k] * w[n, k]``.
 
     Args:
         x: floating point ``[..., K]``.
         w: ``[N, K]``, a quantized array or a plain floating-point one.
-        implementation: a name in ``IMPLEMENTATIONS``; None takes the first that can serve the call.
+        implementation: a name in ``IMPLEMENTATIONS``, or several in order of preference; None takes the first of
+            the table that can serve the call.
 
     Returns:
         float32 ``[..., N]``, sums carried in float32.

@@ -113,3 +113,11 @@ def test_damaged_planes_are_named(make_weight) -> None:
     packed = pack_array(make_weight("eq8_0", (16, 256)))
     with pytest.raises(ValueError, match=r"PackedEQ8_0.header is uint32\[1, 1, 16, 3\]"):
         packed.replace(header=packed.header[..., :3]).validate()
+
+
+def test_whole_tiles_can_be_cut_out(make_weight) -> None:
+    w = make_weight("q4k", (64, 256))
+    packed = pack_array(w)
+    assert np.array_equal(packed[16:48].dequantize(), w[16:48].dequantize())
+    with pytest.raises(ValueError, match="multiples of 16 rows"):
+        packed[8:24]
