@@ -189,7 +189,7 @@ def as_weight(format: str, planes: Planes) -> Weight:
     names = {field.name for field in dataclasses.fields(FORMATS[format])}
     if set(planes) != names:
         raise ValueError(f"{format} has planes {sorted(names)}, found {sorted(planes)}")
-    # Not `jnp.asarray`, which compiles a program for every new shape.
+    # Not `jnp.asarray`, which compiles a program for every new shape and copies what is mapped from a file.
     weight = FORMATS[format](**jax.device_put(planes))
     return weight.validate()
 

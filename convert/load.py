@@ -43,6 +43,9 @@ def load_checkpoint(
 ) -> tuple[Gemma4Config, Params, Manifest | None]:
     """Loads a checkpoint onto the default device.
 
+    On a CPU the weights of a converted folder are its files, mapped and fetched as they are needed: as long as the
+    parameters are in use, the files may be removed but not changed.
+
     Args:
         folder: a converted folder, a Hugging Face folder, or a hub id ``org/name``.
         format: for a Hugging Face checkpoint, the format to convert it to on the way in ("q4k", "eq8_0", "bf16"); None

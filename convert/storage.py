@@ -3,6 +3,10 @@
 The arrays lie in ``arrays/<group>``, one Orbax item per top-level key of the parameter tree, so that one layer at a
 time is in memory. In an item, ``{path}.{plane}`` is stored as two levels, ``tree[path][plane]``: the quantized classes
 are rebuilt from the manifest, and the stored form knows nothing of them.
+
+Orbax is told to make a zarr array of each plane, uncompressed and in one chunk: a file that holds the plane and nothing
+else. It is written and can be restored by Orbax, but reading maps the files instead, so that a checkpoint is open
+before its weights are read, and processes share one copy of them.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import contextlib
 import errno
 import fcntl
 import glob
+import json
 import logging
 import os
 import shutil
@@ -19,10 +24,14 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401 - gives numpy the name "bfloat16"
 import numpy as np
+
+from convert.mapping import map_array
 
 ARRAYS = "arrays"
 _LOCK = ".lock"
+_ZARR = ".zarray"
 
 Planes = dict[str, np.ndarray]
 
@@ -141,8 +150,8 @@ def write_group(folder: Path, group: str, tree: Mapping[str, Planes]) -> None:
     """
     import orbax.checkpoint as ocp  # half a second: only for those who convert or load
 
-    # Quantized planes do not compress, and zstd would take both cores from the quantizer.
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False)
+    # As they are, so that they can be mapped; quantized planes would not compress anyway.
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
     path = folder.absolute() / ARRAYS / group
     stored = {name.replace("/", "."): dict(planes) for name, planes in tree.items()}
     try:
@@ -161,24 +170,56 @@ def write_group(folder: Path, group: str, tree: Mapping[str, Planes]) -> None:
 
 
 def read_group(folder: Path, group: str) -> dict[str, Planes]:
-    """Reads what `write_group` wrote, as numpy arrays.
+    """Opens what `write_group` wrote, as numpy arrays that are read when they are touched.
+
+    Groups of earlier versions, which packed all planes into OCDBT files, are read as a whole.
 
     Raises:
-        ValueError: the group is missing or damaged; the message names its folder.
+        ValueError: the group is missing or damaged; the message names its folder or the damaged file in it.
     """
-    import orbax.checkpoint as ocp
-
     path = folder.absolute() / ARRAYS / group
     if not path.is_dir():
         raise ValueError(f"{path} is missing: the checkpoint is incomplete")
+    stored = _restore(path) if (path / "manifest.ocdbt").exists() else _map(path)
+    return {name.replace(".", "/"): planes for name, planes in stored.items()}
+
+
+def _map(group: Path) -> dict[str, Planes]:
+    stored: dict[str, Planes] = {}
+    for description in sorted(group.glob(f"*/{_ZARR}")):
+        name, plane = description.parent.name.rsplit(".", 1)
+        stored.setdefault(name, {})[plane] = _map_zarr(description)
+    return stored
+
+
+def _map_zarr(description: Path) -> np.ndarray:
+    """The zarr array whose ``.zarray`` is `description` (https://zarr-specs.readthedocs.io, version 2)."""
+    try:
+        zarray = json.loads(description.read_bytes())
+        dtype, shape = np.dtype(zarray["dtype"]), tuple(map(int, zarray["shape"]))
+        is_raw = zarray["compressor"] is None and not zarray["filters"] and zarray["order"] == "C"
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{description} is damaged: {error!r}") from None
+    if not is_raw or zarray["chunks"] != zarray["shape"]:
+        raise ValueError(f"{description} describes more than one uncompressed chunk, in row order")
+    chunk = description.with_name(".".join("0" for _ in shape))
+    try:
+        return map_array(chunk, dtype, shape)
+    except FileNotFoundError:
+        raise ValueError(f"{chunk} is missing: the checkpoint is incomplete") from None
+
+
+def _restore(group: Path) -> dict[str, Planes]:
+    import orbax.checkpoint as ocp
+
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True)
     try:
         with _quiet_orbax(), ocp.Checkpointer(handler) as checkpointer:
-            stored = checkpointer.restore(path)
+            stored = checkpointer.restore(group)
     except Exception as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{group} is damaged: {error}") from error
     return {
-        name.replace(".", "/"): {plane: np.asarray(array) for plane, array in planes.items()}
+        name: {plane: np.asarray(array) for plane, array in planes.items()}
         for name, planes in stored.items()
     }
 

@@ -140,6 +140,11 @@ class Gemma4Config:
         own = self.layer_types[: self.first_kv_shared_layer]
         return max(i for i, kind in enumerate(own) if kind == self.layer_types[layer])
 
+    def first_like(self, layer: int) -> int:
+        """The first layer that differs from `layer` in nothing but its parameters' values."""
+        kinds = [(self.is_global(i), self.is_kv_shared(i)) for i in range(layer + 1)]
+        return kinds.index(kinds[layer])
+
     def ffn_size(self, layer: int) -> int:
         """Width F of the dense FFN of `layer`; KV-shared layers may be twice as wide."""
         return self.intermediate_size * (

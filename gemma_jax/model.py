@@ -58,7 +58,9 @@ class Gemma4(nn.Module):
         self.embed = Embedding(c.vocab_size, c.hidden_size, self.implementation)
         if c.ple_size:
             self.ple = PerLayerEmbedding(c, self.dtype, self.implementation)
-        self.layers = [Layer(c, i, self.dtype, self.implementation) for i in range(c.num_layers)]
+        self.layers = [
+            Layer(c, c.first_like(i), self.dtype, self.implementation) for i in range(c.num_layers)
+        ]
         self.final_norm = vector_param(self, "final_norm", c.hidden_size)
 
     def __call__(
@@ -143,8 +145,8 @@ class Gemma4(nn.Module):
         layers, contexts = [], {}
         for i, kv in enumerate(cache.layers):
             inputs = ple[..., i, :] if ple is not None else None
-            h, kv, contexts[i] = self.layers[i](
-                h, inputs, rope[c.is_global(i)], positions, (kv, cache.lengths)
+            h, kv, contexts[i] = self._layer(
+                i, h, inputs, rope[c.is_global(i)], positions, (kv, cache.lengths)
             )
             layers.append(kv)
         lengths = cache.lengths + jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
@@ -161,7 +163,12 @@ class Gemma4(nn.Module):
     ) -> Residual:
         c = self.config
         context = contexts[c.kv_source(i)]
-        return self.layers[i](h, ple, rope[c.is_global(i)], positions, context)[0]
+        return self._layer(i, h, ple, rope[c.is_global(i)], positions, context)[0]
+
+    def _layer(self, i: int, *args: Any) -> tuple[Residual, KeysAndValues, Context]:
+        # What is traced once bears one name, that of the first layer of its kind; this scope tells them apart.
+        with jax.named_scope(f"layers_{i}"):
+            return self.layers[i](*args)
 
     def _head(self, h: Residual) -> jax.Array:
         c = self.config
@@ -218,7 +225,10 @@ class PerLayerEmbedding(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer: attention, FFN (with an expert branch in MoE models), per-layer input, scalar."""
+    """One decoder layer: attention, FFN (with an expert branch in MoE models), per-layer input, scalar.
+
+    `index` is that of the first layer of its kind: those that have it in common are traced and lowered once.
+    """
 
     config: Gemma4Config
     index: int
@@ -237,6 +247,7 @@ class Layer(nn.Module):
         if c.ple_size:
             self.ple = PerLayerInput(c, self.dtype, self.implementation)
 
+    @nn.jit
     def __call__(
         self,
         h: Residual,

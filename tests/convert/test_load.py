@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,10 @@ def test_missing_and_damaged_groups_are_named(copy: Path) -> None:
     shutil.rmtree(copy / "arrays" / "layers_2")
     with pytest.raises(ValueError, match=r"arrays/layers_2 is missing"):
         load_checkpoint(copy)
+    plane = copy / "arrays" / "layers_1" / "layers_1.ffn.down.scale"
+    os.truncate(plane / "0.0", 1)
+    with pytest.raises(ValueError, match=rf"{plane}/0\.0 has 1 bytes"):
+        load_checkpoint(copy)
 
 
 def change_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -154,6 +159,22 @@ def test_arrays_that_differ_from_the_manifest_are_named(copy: Path) -> None:
     storage.write_group(copy, "layers_1", tree)
     with pytest.raises(ValueError, match=r"layers_1/ffn/down"):
         load_checkpoint(copy)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other devices have memory of their own")
+def test_the_weights_of_a_converted_folder_are_its_files(
+    converted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapped = set()
+
+    def read_group(folder: Path, group: str) -> dict[str, storage.Planes]:
+        tree = storage.read_group(folder, group)
+        mapped.update(plane.ctypes.data for plane in jax.tree.leaves(tree))
+        return tree
+
+    monkeypatch.setattr("convert.load.read_group", read_group)
+    _, params, _ = load_checkpoint(converted[1])
+    assert {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params)} == mapped
 
 
 def test_describing_reads_no_arrays(

@@ -6,10 +6,13 @@ import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from convert.storage import Planes, atomic_folder, read_group, write_group
@@ -40,19 +43,76 @@ def test_groups_come_back_bit_by_bit(tmp_path: Path, numbers: np.random.Generato
             np.testing.assert_array_equal(read[path][name], plane)
 
 
-def test_missing_and_damaged_groups_are_named(tmp_path: Path, numbers: np.random.Generator) -> None:
-    with pytest.raises(ValueError, match=r"arrays/layers_0 is missing"):
-        read_group(tmp_path, "layers_0")
+def test_a_group_is_an_orbax_checkpoint(tmp_path: Path, numbers: np.random.Generator) -> None:
+    stored = group(numbers)
+    write_group(tmp_path, "layers_0", stored)
+    restored = ocp.PyTreeCheckpointer().restore(tmp_path / "arrays" / "layers_0")
+    for path, planes in stored.items():
+        for name, plane in planes.items():
+            np.testing.assert_array_equal(restored[path.replace("/", ".")][name], plane)
+
+
+def write_packed(folder: Path, name: str, tree: dict[str, Planes]) -> None:
+    """Writes a group as earlier versions did."""
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False)
+    stored = {path.replace("/", "."): planes for path, planes in tree.items()}
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(folder / "arrays" / name, args=ocp.args.PyTreeSave(stored))
+
+
+def test_groups_packed_by_earlier_versions_are_read(
+    tmp_path: Path, numbers: np.random.Generator
+) -> None:
+    stored = group(numbers)
+    write_packed(tmp_path, "layers_0", stored)
+    jax.tree.map(np.testing.assert_array_equal, read_group(tmp_path, "layers_0"), stored)
+
+
+def test_damaged_groups_of_earlier_versions_are_named(tmp_path: Path) -> None:
     # One array: of several, TensorStore would go on reporting to an event loop that the first error has closed.
-    codes = numbers.integers(0, 2**32, (700, 5), dtype=np.uint32)
-    write_group(tmp_path, "layers_0", {"layers_0/ffn/down": {"codes": codes}})
-    data = [path for path in (tmp_path / "arrays").rglob("d/*") if path.is_file()]
-    assert data
-    for path in data:
-        damaged = bytearray(path.read_bytes())
-        damaged[len(damaged) // 2] ^= 1
-        path.write_bytes(damaged)
-    with pytest.raises(ValueError, match=r"arrays/layers_0 is damaged"):
+    write_packed(tmp_path, "final_norm", {"final_norm": {"value": np.ones(3, np.float32)}})
+    cut_short(tmp_path / "arrays" / "final_norm" / "manifest.ocdbt")
+    with pytest.raises(ValueError, match=r"arrays/final_norm is damaged"):
+        read_group(tmp_path, "final_norm")
+
+
+def cut_short(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def compress(path: Path) -> None:
+    path.write_text(path.read_text().replace('"compressor":null', '"compressor":{"id":"zstd"}'))
+
+
+def split(path: Path) -> None:
+    path.write_text(path.read_text().replace('"chunks":[7,5]', '"chunks":[7,1]'))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("0.0", cut_short, r"codes/0.0 has 139 bytes, but uint32\[7, 5\] takes 140"),
+        ("0.0", Path.unlink, "codes/0.0 is missing"),
+        (".zarray", cut_short, r"codes/\.zarray is damaged"),
+        (".zarray", compress, r"codes/\.zarray.*one uncompressed chunk"),
+        (".zarray", split, r"codes/\.zarray.*one uncompressed chunk"),
+    ],
+)
+def test_damaged_planes_are_named(
+    tmp_path: Path,
+    numbers: np.random.Generator,
+    file: str,
+    damage: Callable[[Path], None],
+    message: str,
+) -> None:
+    write_group(tmp_path, "layers_0", group(numbers))
+    damage(tmp_path / "arrays" / "layers_0" / "layers_0.ffn.down.codes" / file)
+    with pytest.raises(ValueError, match=rf"arrays/layers_0/layers_0\.ffn\.down\.{message}"):
+        read_group(tmp_path, "layers_0")
+
+
+def test_missing_groups_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"arrays/layers_0 is missing"):
         read_group(tmp_path, "layers_0")
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from bench.published import CONFIGS, PUBLISHED
 from gemma_jax.config import GLOBAL, SLIDING, Gemma4Config
+from gemma_jax.model import param_shapes
 
 
 def published(name: str) -> dict[str, Any]:
@@ -123,3 +124,18 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json"):
         Gemma4Config.from_hf(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("e2b", 4), ("e4b", 4), ("26b_a4b", 2), ("31b", 2)])
+def test_layers_of_a_kind_have_parameters_of_the_same_shapes(name: str, kinds: int) -> None:
+    config = Gemma4Config.from_hf(published(name))
+    layers: dict[str, dict[str, tuple[int, ...]]] = {}
+    for path, spec in param_shapes(config).items():
+        layer, _, rest = path.partition("/")
+        layers.setdefault(layer, {})[rest] = spec.shape
+    for i in range(config.num_layers):
+        first = config.first_like(i)
+        assert layers[f"layers_{i}"] == layers[f"layers_{first}"]
+        assert config.is_global(i) == config.is_global(first)
+        assert config.is_kv_shared(i) == config.is_kv_shared(first)
+    assert len({config.first_like(i) for i in range(config.num_layers)}) == kinds

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from random_checkpoint import FAMILIES
 
+import pallas_kernels.attention
 from convert.load import load_checkpoint
 from gemma_jax import generation
 from gemma_jax.cache import KVCache, init_cache
@@ -151,3 +153,34 @@ def test_param_shapes_are_those_of_a_checkpoint(loaded: dict, family: str) -> No
     leaves = jax.tree_util.tree_leaves_with_path(params)
     have = {"/".join(key.key for key in path): leaf.shape for path, leaf in leaves}
     assert have == {path: leaf.shape for path, leaf in param_shapes(config).items()}
+
+
+@families
+def test_layers_of_a_kind_are_traced_once(
+    loaded: dict, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    config, params = loaded[family]
+    traced = []
+
+    def attention(*args: jax.Array, **options: Any) -> jax.Array:
+        traced.append(args)
+        return pallas_kernels.attention.attention(*args, **options)
+
+    monkeypatch.setattr("gemma_jax.model.attention", attention)
+    tokens = jax.ShapeDtypeStruct((3, 11), jnp.int32)  # a shape of this test alone
+    cache = jax.eval_shape(lambda: init_cache(config, 3, CAPACITY))
+    jax.eval_shape(functools.partial(apply, model=Gemma4(config)), params, tokens, tokens, cache)
+    kinds = {(config.is_global(i), config.is_kv_shared(i)) for i in range(config.num_layers)}
+    assert len(traced) == len(kinds) < config.num_layers
+
+
+def test_the_scopes_of_a_program_name_each_layer(loaded: dict) -> None:
+    config, params = loaded["moe"]
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    cache = jax.eval_shape(lambda: init_cache(config, 1, CAPACITY))
+    program = apply.lower(params, tokens, tokens, cache, model=Gemma4(config))
+    text = program.as_text("hlo", debug_info=True)
+    for i in range(config.num_layers):
+        assert f"/layers_{i}/" in text, i
+    for phase in ("attention", "ffn", "router", "experts", "head"):
+        assert f"/{phase}/" in text, phase
