@@ -185,7 +185,7 @@ class Q4K(_BlockArray):
     def integer_scales(self) -> tuple[jax.Array, jax.Array]:
         """Returns the 6-bit (sc, m) as int32 ``[..., N, K/32]``.
 
-        In 32 bits, in which XLA reckons operations cheap: what it reckons dear it does not repeat, but writes to memory.
+        In 32 bits, in which XLA reckons operations cheap: what it reckons dear it writes to memory once.
         """
         low = self.scales_low.astype(jnp.int32)
         return (low & 15) | (self._high_bits(0) << 4), (low >> 4) | (self._high_bits(2) << 4)
