@@ -3,12 +3,11 @@
     python -m bench.static --json FILE [--model e4b …] [--format q4k …] [--target h200 …] [--batch 1 …]
 
 Compiles the greedy decode loop and one prefill chunk of the published architectures in their true shapes, with abstract
-weights (no memory needed), and counts kernels, bytes, temporaries and copies of the cache. Deterministic, with two
-caveats: nothing is autotuned without the device, so XLA's own matrix products have the first tiling that comes, and a
+weights (no memory needed), and counts kernels, bytes, instructions, temporaries and copies of the cache. Deterministic,
+with two caveats: nothing is autotuned without the device, so XLA's own matrix products have the first tiling, and a
 prefill's loops over key blocks, whose trip counts are known at run time only, are counted once.
 
-`predicted_us` is a model, not a measurement: every kernel takes the time of its bytes at the target's bandwidth plus
-`LAUNCH_SECONDS`. It leaves out instructions, so it is optimistic where they bind a kernel. No card has checked it.
+`predicted_us` is a model of bytes, instructions and launches, `bench.prediction_model`; no card has checked it.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -26,30 +26,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bench import aot, hlo
+from bench import aot, hlo, ptx
 from bench.environment import environment
+from bench.least_work import decode_bytes_min, prefill_flops_min
+from bench.prediction_model import predict
 from bench.published import published
 from bench.random_weights import abstract_params
 from gemma_jax import xla_flags
 from gemma_jax.cache import KVCache, init_cache
 from gemma_jax.config import Gemma4Config
 from gemma_jax.generation import PREFILL_CHUNK, decode_step, prefill
-from gemma_jax.model import Gemma4, Params, param_shapes
-from pallas_kernels.arrays import QuantizedArray
+from gemma_jax.model import Gemma4, Params
 
 MODELS = ("e2b", "e4b", "26b_a4b", "31b")
 WEIGHT_FORMATS = ("bf16", "eq8_0", "q4k")
 IMPLEMENTATIONS = ("xla",)
 DEPTH = 512  # positions in the cache: its capacity, all filled
-
-# Bytes per second. A device-to-device copy on an H200 reaches 4.3 of its 4.8 TB/s; the others are taken to reach the
-# same share of theirs.
-_COPY_SHARE = 4.3 / 4.8
-BANDWIDTH = {
-    target: nominal * _COPY_SHARE
-    for target, nominal in {"h200": 4.8e12, "h100": 3.35e12, "b200": 8e12, "gb10": 0.273e12}.items()
-}
-LAUNCH_SECONDS = 2e-6
 
 
 def decode_loop(
@@ -76,66 +68,43 @@ def decode_entry(
     params = abstract_params(config, weight_format)
     cache = jax.eval_shape(lambda: init_cache(config, batch, DEPTH))
     begin = time.perf_counter()
-    program = aot.compile_for(
-        target,
-        lambda *args: decode_loop(*args, model=model),
-        params,
-        cache,
-        jax.ShapeDtypeStruct((batch,), jnp.int32),
-        jax.ShapeDtypeStruct((), jnp.int32),
-        donate_argnums=(1,),
-    )
-    seconds = time.perf_counter() - begin
+    with tempfile.TemporaryDirectory() as folder:
+        program = aot.compile_for(
+            target,
+            lambda *args: decode_loop(*args, model=model),
+            params,
+            cache,
+            jax.ShapeDtypeStruct((batch,), jnp.int32),
+            jax.ShapeDtypeStruct((), jnp.int32),
+            donate_argnums=(1,),
+            compiler_options=ptx.dump_options(Path(folder)),
+        )
+        seconds = time.perf_counter() - begin
+        launches = ptx.launches(Path(folder))
     module, entry = hlo.parse(_text(program))
     [(body, _)] = hlo.while_bodies(module, entry)
     kernels = list(hlo.kernels(module, body))
     layer_bytes = {math.prod(x.shape) * x.dtype.itemsize for kv in cache.layers for x in kv}
     moved = sum(k.bytes for k in kernels)
+    issued = sum(launches[k.name].instructions for k in kernels if k.name in launches)
+    prediction = predict(kernels, launches, target)
     return {
         "batch": batch,
         "depth": DEPTH,
         "kernels": len(kernels),
         "kernels_per_layer": len(kernels) / config.num_layers,
         "bytes_per_token": moved / batch,
-        "bytes_min": decode_bytes_min(config, params, batch) / batch,
+        "bytes_min": decode_bytes_min(config, params, batch, depth=DEPTH) / batch,
         "temp_bytes": _memory(program).temp_size_in_bytes,
         "cache_copies": sum(
             k.op.startswith("copy") and hlo.size(k.shape) in layer_bytes for k in kernels
         ),
-        "predicted_us": 1e6 * (moved / BANDWIDTH[target] + LAUNCH_SECONDS * len(kernels)),
+        "instructions_per_token": issued / batch,
+        "bytes_us": 1e6 * prediction.bytes_seconds,
+        "instructions_us": 1e6 * prediction.instruction_seconds,
+        "predicted_us": 1e6 * prediction.seconds,
         "compile_seconds": seconds,
     }
-
-
-def decode_bytes_min(
-    config: Gemma4Config, params: Params, batch: int, *, depth: int = DEPTH, itemsize: int = 2
-) -> int:
-    """Bytes that one decode step of `batch` rows must read: each matrix once, each row's keys and values once a layer.
-
-    Every row has `depth` positions in the cache, whose elements have `itemsize` bytes.
-    Of experts, those that `batch` rows choose if no two choose the same; of tables that are only looked up, nothing.
-    """
-    total = 0
-    leaves = jax.tree_util.tree_leaves_with_path(
-        params, is_leaf=lambda x: isinstance(x, QuantizedArray)
-    )
-    for path, leaf in leaves:
-        names = [key.key for key in path]
-        nbytes = (
-            leaf.nbytes
-            if isinstance(leaf, QuantizedArray)
-            else math.prod(leaf.shape) * leaf.dtype.itemsize
-        )
-        if names == ["ple", "embedding"]:
-            continue
-        if len(leaf.shape) == 3:
-            chosen = min(batch * config.num_experts_per_token, config.num_experts)
-            nbytes = nbytes * chosen // config.num_experts
-        total += nbytes
-    for i in range(config.num_layers):
-        positions = depth if config.is_global(i) else min(depth, config.sliding_window)
-        total += batch * positions * 2 * config.kv_heads_of(i) * config.head_dim_of(i) * itemsize
-    return total
 
 
 def prefill_entry(
@@ -166,23 +135,6 @@ def prefill_entry(
         "temp_bytes": _memory(program).temp_size_in_bytes,
         "compile_seconds": seconds,
     }
-
-
-def prefill_flops_min(config: Gemma4Config, tokens: int) -> int:
-    """Multiply-adds, twice, of the matrices over `tokens` positions, the KV-shared layers and the head over one."""
-    total = 0
-    for path, leaf in param_shapes(config).items():
-        if len(leaf.shape) < 2 or path == "ple/embedding":
-            continue
-        weights = math.prod(leaf.shape)
-        if len(leaf.shape) == 3:
-            weights = weights * config.num_experts_per_token // config.num_experts
-        layer = path.split("/")[0]
-        shared = layer.startswith("layers_") and config.is_kv_shared(
-            int(layer.removeprefix("layers_"))
-        )
-        total += 2 * weights * (1 if shared or layer == "embed" else tokens)
-    return total
 
 
 def _text(program: jax.stages.Compiled) -> str:
@@ -220,6 +172,7 @@ def report(options: argparse.Namespace, target: str) -> dict[str, list[dict[str,
                         f"({entry['bytes_per_token'] / entry['bytes_min']:.2f} of the minimum), "
                         f"{entry['temp_bytes'] / 1e6:.1f} MB of temporaries, "
                         f"{entry['cache_copies']} cache copies, "
+                        f"bytes {entry['bytes_us']:.0f} us, instructions {entry['instructions_us']:.0f} us, "
                         f"predicted {entry['predicted_us']:.0f} us; "
                         f"compiled in {entry['compile_seconds']:.0f} s",
                         file=sys.stderr,
