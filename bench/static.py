@@ -7,12 +7,15 @@ weights (no memory needed), and counts kernels, bytes, instructions, temporaries
 with two caveats: nothing is autotuned without the device, so XLA's own matrix products have the first tiling, and a
 prefill's loops over key blocks, whose trip counts are known at run time only, are counted once.
 
+FILE is written after every entry and completed where it ended, if the commit and the versions are the same.
+
 `predicted_us` is a model of bytes, instructions and launches, `bench.prediction_model`; no card has checked it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -20,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -148,54 +152,87 @@ def _memory(program: jax.stages.Compiled) -> Any:
     return program.memory_analysis()
 
 
-def report(options: argparse.Namespace, target: str) -> dict[str, list[dict[str, Any]]]:
-    """All entries of one target, printed as they come."""
-    out: dict[str, list[dict[str, Any]]] = {"decode": [], "prefill": [], "kernels": []}
-    for name in options.model:
+def new_entries(
+    options: argparse.Namespace, target: str, content: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("decode" or "prefill", entry) of what `content` has not got yet for one target, printed as they come."""
+    for name, weight_format, implementation in itertools.product(
+        options.model, options.format, IMPLEMENTATIONS
+    ):
         config = published(name, options.layers)
-        for weight_format in options.format:
-            for implementation in IMPLEMENTATIONS:
-                what = {
-                    "model": name,
-                    "layers": config.num_layers,
-                    "format": weight_format,
-                    "implementation": implementation,
-                    "target": target,
-                }
-                for batch in options.batch:
-                    entry = decode_entry(config, weight_format, implementation, target, batch)
-                    out["decode"].append(what | entry)
-                    print(
-                        f"{target} {name} {weight_format} batch {batch}: "
-                        f"{entry['kernels_per_layer']:.1f} kernels a layer, "
-                        f"{entry['bytes_per_token'] / 1e6:.0f} MB a token "
-                        f"({entry['bytes_per_token'] / entry['bytes_min']:.2f} of the minimum), "
-                        f"{entry['temp_bytes'] / 1e6:.1f} MB of temporaries, "
-                        f"{entry['cache_copies']} cache copies, "
-                        f"bytes {entry['bytes_us']:.0f} us, instructions {entry['instructions_us']:.0f} us, "
-                        f"predicted {entry['predicted_us']:.0f} us; "
-                        f"compiled in {entry['compile_seconds']:.0f} s",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                if not options.no_prefill:
-                    entry = prefill_entry(config, weight_format, implementation, target)
-                    out["prefill"].append(what | entry)
-                    print(
-                        f"{target} {name} {weight_format} prefill of {entry['tokens']}: "
-                        f"{entry['flops'] / 1e9:.0f} GFLOP ({entry['flops'] / entry['flops_min']:.2f} of the minimum), "
-                        f"{entry['temp_bytes'] / 1e6:.0f} MB of temporaries; "
-                        f"compiled in {entry['compile_seconds']:.0f} s",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-    return out
+        what: dict[str, Any] = {
+            "model": name,
+            "layers": config.num_layers,
+            "format": weight_format,
+            "implementation": implementation,
+            "target": target,
+        }
+        arguments = (config, weight_format, implementation, target)
+        for batch in options.batch:
+            if not _has(content["decode"], what | {"batch": batch}):
+                entry = what | decode_entry(*arguments, batch)
+                print(_decode_line(entry), file=sys.stderr, flush=True)
+                yield "decode", entry
+        if not options.no_prefill and not _has(content["prefill"], what):
+            entry = what | prefill_entry(*arguments)
+            print(_prefill_line(entry), file=sys.stderr, flush=True)
+            yield "prefill", entry
+
+
+def _has(entries: list[dict[str, Any]], what: dict[str, Any]) -> bool:
+    return any(entry.items() >= what.items() for entry in entries)
+
+
+def _decode_line(entry: dict[str, Any]) -> str:
+    return (
+        f"{entry['target']} {entry['model']} {entry['format']} batch {entry['batch']}: "
+        f"{entry['kernels_per_layer']:.1f} kernels a layer, "
+        f"{entry['bytes_per_token'] / 1e6:.0f} MB a token "
+        f"({entry['bytes_per_token'] / entry['bytes_min']:.2f} of the minimum), "
+        f"{entry['temp_bytes'] / 1e6:.1f} MB of temporaries, "
+        f"{entry['cache_copies']} cache copies, "
+        f"bytes {entry['bytes_us']:.0f} us, instructions {entry['instructions_us']:.0f} us, "
+        f"predicted {entry['predicted_us']:.0f} us; "
+        f"compiled in {entry['compile_seconds']:.0f} s"
+    )
+
+
+def _prefill_line(entry: dict[str, Any]) -> str:
+    return (
+        f"{entry['target']} {entry['model']} {entry['format']} prefill of {entry['tokens']}: "
+        f"{entry['flops'] / 1e9:.0f} GFLOP ({entry['flops'] / entry['flops_min']:.2f} of the minimum), "
+        f"{entry['temp_bytes'] / 1e6:.0f} MB of temporaries; "
+        f"compiled in {entry['compile_seconds']:.0f} s"
+    )
+
+
+def _begun(path: Path) -> dict[str, Any]:
+    """What `path` has, if it was made by this commit with these versions.
+
+    Raises:
+      ValueError: it was not.
+    """
+    here = environment()
+    if not path.exists():
+        return {"decode": [], "prefill": [], "kernels": [], "environment": here}
+    content = json.loads(path.read_text())
+    made = content["environment"]
+    if any(made[key] != here[key] for key in ("commit", "versions", "uncommitted_changes")):
+        raise ValueError(f"{path} is of commit {made['commit']} or other versions: delete it first")
+    return content
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one process per target, because JAX's kernel caches do not know the target, and merges what they print."""
+    """Runs one process per target, because JAX's kernel caches do not know the target, each adding to the file."""
     parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__)
-    parser.add_argument("--json", type=Path, help="where to write the entries; default: stdout")
+    parser.add_argument("--json", type=Path, required=True, help="file to begin or to complete")
     parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--format", nargs="+", choices=WEIGHT_FORMATS, default=WEIGHT_FORMATS)
     parser.add_argument("--target", nargs="+", choices=aot.TARGETS, default=aot.TARGETS)
@@ -203,44 +240,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, help="only the first layers, for a quick look")
     parser.add_argument("--no-prefill", action="store_true", help="decode only")
     options = parser.parse_args(argv)
-    jax.config.update("jax_platforms", "cpu")
-    os.environ["XLA_FLAGS"] = xla_flags.with_defaults(os.environ.get("XLA_FLAGS", ""))
-    merged: dict[str, Any] = {"decode": [], "prefill": [], "kernels": []}
-    if len(options.target) == 1:
-        merged = report(options, options.target[0])
-    else:
-        rest = sys.argv[1:] if argv is None else argv
+    if len(options.target) > 1:
+        command = [sys.executable, "-m", "bench.static", *(sys.argv[1:] if argv is None else argv)]
         for target in options.target:
-            done = subprocess.run(
-                [sys.executable, "-m", "bench.static", *_without(rest), "--target", target],
-                stdout=subprocess.PIPE,
-                text=True,
-                check=False,
-            )
+            done = subprocess.run([*command, "--target", target], check=False)
             if done.returncode:
                 return done.returncode
-            for key, entries in json.loads(done.stdout).items():
-                if key in ("decode", "prefill", "kernels"):
-                    merged[key] += entries
-    merged["environment"] = environment()
-    text = json.dumps(merged, indent=1) + "\n"
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text)
-    else:
-        print(text)
+        return 0
+    jax.config.update("jax_platforms", "cpu")
+    os.environ["XLA_FLAGS"] = xla_flags.with_defaults(os.environ.get("XLA_FLAGS", ""))
+    try:
+        content = _begun(options.json)
+    except ValueError as error:
+        parser.error(str(error))
+    for kind, entry in new_entries(options, options.target[0], content):
+        content[kind].append(entry)
+        _write(options.json, content)
     return 0
-
-
-def _without(arguments: list[str]) -> list[str]:
-    """The arguments less ``--target …`` and ``--json FILE``."""
-    kept, skipping = [], False
-    for argument in arguments:
-        if argument.startswith("--"):
-            skipping = argument.split("=")[0] in ("--target", "--json")
-        if not skipping:
-            kept.append(argument)
-    return kept
 
 
 if __name__ == "__main__":

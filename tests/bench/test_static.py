@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from bench import static
 from bench.least_work import decode_bytes_min, prefill_flops_min
 from bench.prediction_model import LAUNCH_SECONDS
 from bench.published import PUBLISHED, published
@@ -47,6 +48,34 @@ def test_decode_copies_no_cache_and_materialises_no_weight(
     # Read off the assembled products: 4 to 13 instructions a weight and thread; weights have 0.56 to 1.1 bytes.
     per_byte = 32 * entry["instructions_per_token"] / entry["bytes_per_token"]
     assert 4 < per_byte < 20
+
+
+def test_a_file_is_completed_where_it_ended_and_not_if_it_is_of_another_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiled = []
+
+    def decode_entry(config: Any, weight_format: str, *_: Any) -> dict[str, Any]:
+        compiled.append(weight_format)
+        if compiled == ["bf16", "eq8_0"]:
+            raise KeyboardInterrupt
+        return {"batch": 1}
+
+    monkeypatch.setattr(static, "decode_entry", decode_entry)
+    monkeypatch.setattr(static, "_decode_line", str)
+    file = tmp_path / "static.json"
+    command = ["--json", str(file), "--target", "h200", "--model", "e2b", "--no-prefill"]
+    with pytest.raises(KeyboardInterrupt):
+        static.main(command)
+    assert static.main(command) == 0
+    assert compiled == ["bf16", "eq8_0", "eq8_0", "q4k"]
+    content = json.loads(file.read_text())
+    assert [entry["format"] for entry in content["decode"]] == ["bf16", "eq8_0", "q4k"]
+    content["environment"]["commit"] = "f00"
+    file.write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        static.main(command)
+    assert "is of commit f00" in capsys.readouterr().err
 
 
 @pytest.mark.heavy
