@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bench.least_work import decode_bytes_min, prefill_flops_min
 from bench.plan import DECODE, PREFILL, SEED, Case
 from bench.published import PUBLISHED, SMALL, published
 from bench.random_weights import random_params
-from bench.static import decode_bytes_min, prefill_flops_min
 from gemma_jax.cache import KVCache, init_cache
 from gemma_jax.checkpoints import resolve
 from gemma_jax.config import Gemma4Config

@@ -35,7 +35,7 @@ def section(statics: Sequence[tuple[str, dict[str, Any]]], sweeps: Sequence[Swee
     lines += [
         "",
         "Counted in programs that were compiled for GPUs which were not there. The predicted time is a model: each",
-        "kernel takes its bytes at the target's bandwidth and the time of a launch, and no instruction takes any.",
+        "kernel takes the longer of its bytes and its instructions, and a launch (`bench/prediction_model.py`).",
         "",
         "### Decode steps",
         "",
@@ -48,6 +48,8 @@ def section(statics: Sequence[tuple[str, dict[str, Any]]], sweeps: Sequence[Swee
                 "bytes ÷ minimum",
                 "temporaries, MB",
                 "cache copies",
+                "bytes µs",
+                "instructions µs",
                 "predicted µs",
                 "predicted tokens/s",
             ],
@@ -114,6 +116,8 @@ def _decode_row(entry: dict[str, Any]) -> list[str]:
         f"{entry['bytes_per_token'] / entry['bytes_min']:.2f}",
         megabytes(entry["temp_bytes"]),
         str(entry["cache_copies"]),
+        number(entry["bytes_us"]),
+        number(entry["instructions_us"]),
         number(entry["predicted_us"]),
         number(1e6 * entry["batch"] / entry["predicted_us"]),
     ]

@@ -183,16 +183,18 @@ class Q4K(_BlockArray):
         )
 
     def integer_scales(self) -> tuple[jax.Array, jax.Array]:
-        """Returns the 6-bit (sc, m) as uint8 ``[..., N, K/32]``."""
-        sc = (self.scales_low & 15) | (self._high_bits(0) << 4)
-        m = (self.scales_low >> 4) | (self._high_bits(2) << 4)
-        return sc, m
+        """Returns the 6-bit (sc, m) as int32 ``[..., N, K/32]``.
+
+        In 32 bits, in which XLA reckons operations cheap: what it reckons dear it writes to memory once.
+        """
+        low = self.scales_low.astype(jnp.int32)
+        return (low & 15) | (self._high_bits(0) << 4), (low >> 4) | (self._high_bits(2) << 4)
 
     def _high_bits(self, first: int) -> jax.Array:
-        """Bits `first` and `first` + 1 of each block's nibble: uint8 ``[..., N, K/32]``."""
+        """Bits `first` and `first` + 1 of each block's nibble: int32 ``[..., N, K/32]``."""
         # Twice the same shift: what sc and m shared, XLA would write to memory.
-        shifts = jnp.array([first, first + 4], jnp.uint8)
-        bits = (self.scales_high[..., None] >> shifts) & 3
+        shifts = jnp.array([first, first + 4])
+        bits = (self.scales_high[..., None].astype(jnp.int32) >> shifts) & 3
         return bits.reshape(*bits.shape[:-2], -1)[..., : self.scales_low.shape[-1]]
 
     def block_scales(self) -> tuple[jax.Array, jax.Array]:

@@ -22,8 +22,9 @@ from pallas_kernels.arrays import BLOCK, EQ8_0, Q4K, Q6K, QuantizedArray
 _LARGE = 1 << 22
 # … and from which on what all rows need of x is worth a launch of its own.
 _HUGE = 12_000_000
-# Sums that keep a GPU busy.
+# Sums that keep a GPU busy, and how many are few even so.
 _FEWEST_SUMS = 5120
+_FEW_SUMS = 3072
 
 
 def weighted_sums(x: jax.Array, w: QuantizedArray | jax.Array) -> jax.Array:
@@ -79,10 +80,14 @@ def _matrix_size(w: QuantizedArray) -> int:
 def _parts(rows: int, words: int) -> int:
     """Into how many partial sums to split each row so that a GPU has enough of them to be busy.
 
-    With fewer, XLA also prefers to write the terms to memory and to sum them in a second kernel.
+    With fewer, XLA also prefers to write the terms to memory and to sum them in a second kernel. Of parts that are too
+    short, it writes the scales.
     """
     parts = 1
-    while rows * parts < _FEWEST_SUMS and words % (2 * parts) == 0 and words // (2 * parts) >= 40:
+    while rows * parts < _FEWEST_SUMS and words % (2 * parts) == 0:
+        shortest = 40 if rows * parts < _FEW_SUMS else 80
+        if words // (2 * parts) < shortest:
+            break
         parts *= 2
     return parts
 
@@ -114,10 +119,9 @@ def _q4k_terms_shared(places: _Places, w: Q4K) -> jax.Array:
 
 def _scaled_terms(words: jax.Array, sum_x: jax.Array, w: Q4K) -> jax.Array:
     """Per word: scale * words - minimum * sum_x."""
-    scale, minimum = w.block_scales()
-    terms = words.reshape(*scale.shape, BLOCK // 8) * scale[..., None]
-    terms -= minimum[..., None] * sum_x.reshape(*sum_x.shape[:-1], -1, BLOCK // 8)
-    return terms.reshape(words.shape)
+    # Spread over the words: with the words gathered in blocks, XLA would write the terms to memory for some shapes.
+    scale, minimum = (jnp.repeat(v, BLOCK // 8, axis=-1) for v in w.block_scales())
+    return words * scale - minimum * sum_x
 
 
 def _dot(fields: Iterable[jax.Array], factors: Iterable[jax.Array]) -> jax.Array:

@@ -75,6 +75,8 @@ STATIC: dict[str, Any] = {
             "bytes_min": 2.0e9,
             "temp_bytes": 3e6,
             "cache_copies": 0,
+            "bytes_us": 600.0,
+            "instructions_us": 700.0,
             "predicted_us": 1234.0,
         }
     ],
@@ -299,7 +301,10 @@ def test_predictions_stand_apart_and_their_error_is_computed(
     measured, predicted = text.split("## Compiled programs: counts and predictions")
     assert "1234" not in measured
     assert "predicted" not in measured
-    assert "| e2b | q4k | xla | toy | 1 | 512 | 20.5 | 1.10 | 3.00 | 0 | 1234 | 810 |" in predicted
+    assert (
+        "| e2b | q4k | xla | toy | 1 | 512 | 20.5 | 1.10 | 3.00 | 0 | 600 | 700 | 1234 | 810 |"
+        in predicted
+    )
     assert "| e2b | q4k | xla | toy | 512 | 1.50 | 5.00 |" in predicted
     assert "`static.json`: commit `f00`, JAX 9.9" in predicted
     of = {"model": "e2b", "format": "q4k", "engine": OURS, "phase": DECODE, "batch": 1}

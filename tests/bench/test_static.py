@@ -12,19 +12,22 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from bench import static
+from bench.least_work import decode_bytes_min, prefill_flops_min
+from bench.prediction_model import LAUNCH_SECONDS
 from bench.published import PUBLISHED, published
-from bench.static import DEPTH, abstract_params, decode_bytes_min, prefill_flops_min
+from bench.static import DEPTH, abstract_params
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     ("model", "weight_format", "most_kernels_per_layer"),
-    [("e4b", "eq8_0", 22), ("e4b", "q4k", 22.7)],
+    [("e4b", "eq8_0", 22), ("e4b", "q4k", 22.7), ("e2b", "eq8_0", 22.8), ("e2b", "q4k", 23.3)],
 )
 def test_decode_copies_no_cache_and_materialises_no_weight(
     tmp_path: Path, model: str, weight_format: str, most_kernels_per_layer: float
 ) -> None:
-    """Eight layers of E4B, two of them KV-shared; the head and the loop are in the count of kernels."""
+    """Eight layers, in E4B two of them KV-shared; the head and the loop are in the count of kernels."""
     pytest.importorskip("jax_plugins.xla_cuda13")
     file = tmp_path / "static.json"
     command = [sys.executable, "-m", "bench.static", "--target", "h200", "--layers", "8"]
@@ -36,6 +39,44 @@ def test_decode_copies_no_cache_and_materialises_no_weight(
     assert 1 <= entry["bytes_per_token"] / entry["bytes_min"] <= 1.03
     # The smallest matrix of a layer that is worth naming, o, would take 10 MB in bfloat16.
     assert entry["temp_bytes"] < 4e6
+    # A kernel takes the longer of its bytes and its instructions, and every one a launch.
+    launches = 1e6 * LAUNCH_SECONDS * entry["kernels"]
+    longest = max(entry["bytes_us"], entry["instructions_us"])
+    assert (
+        longest <= entry["predicted_us"] - launches <= entry["bytes_us"] + entry["instructions_us"]
+    )
+    # Read off the assembled products: 4 to 13 instructions a weight and thread; weights have 0.56 to 1.1 bytes.
+    per_byte = 32 * entry["instructions_per_token"] / entry["bytes_per_token"]
+    assert 4 < per_byte < 20
+
+
+def test_a_file_is_completed_where_it_ended_and_not_if_it_is_of_another_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiled = []
+
+    def decode_entry(config: Any, weight_format: str, *_: Any) -> dict[str, Any]:
+        compiled.append(weight_format)
+        if compiled == ["bf16", "eq8_0"]:
+            raise KeyboardInterrupt
+        return {"batch": 1}
+
+    monkeypatch.setenv("XLA_FLAGS", "")  # main completes it
+    monkeypatch.setattr(static, "decode_entry", decode_entry)
+    monkeypatch.setattr(static, "_decode_line", str)
+    file = tmp_path / "static.json"
+    command = ["--json", str(file), "--target", "h200", "--model", "e2b", "--no-prefill"]
+    with pytest.raises(KeyboardInterrupt):
+        static.main(command)
+    assert static.main(command) == 0
+    assert compiled == ["bf16", "eq8_0", "eq8_0", "q4k"]
+    content = json.loads(file.read_text())
+    assert [entry["format"] for entry in content["decode"]] == ["bf16", "eq8_0", "q4k"]
+    content["environment"]["commit"] = "f00"
+    file.write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        static.main(command)
+    assert "is of commit f00" in capsys.readouterr().err
 
 
 @pytest.mark.heavy
@@ -71,7 +112,7 @@ def test_the_least_traffic_of_bfloat16_is_two_bytes_a_weight_read(model: str) ->
         2 * 2 * config.kv_heads_of(i) * config.head_dim_of(i) * DEPTH
         for i in range(config.num_layers)
     )
-    assert decode_bytes_min(config, params, 1) == 2 * weights + cache
+    assert decode_bytes_min(config, params, 1, depth=DEPTH) == 2 * weights + cache
     # Parameters read per decoded token as published: 2.28, 4.64, 11.9, 3.82 and 30.7 billion.
     expected = {"e2b": 2.28e9, "e4b": 4.64e9, "12b": 11.9e9, "26b_a4b": 3.82e9, "31b": 30.7e9}
     assert abs(weights / expected[model] - 1) < 0.02

@@ -22,10 +22,10 @@ import toy_engine
 from toy_engine import ToyEngine
 
 from bench import ceilings, plan, sweep
+from bench.least_work import decode_bytes_min, prefill_flops_min
 from bench.measure import GemmaJax, PeakMemory
 from bench.plan import DECODE, FIRST_TOKEN, LLAMA_CPP, OPENAI, OURS, PREFILL, TRANSFORMERS, Case
 from bench.processes import Worker, in_own_process
-from bench.static import decode_bytes_min, prefill_flops_min
 
 ROOT = Path(__file__).parents[2]
 
