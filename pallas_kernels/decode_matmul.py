@@ -59,7 +59,7 @@ class Config:
 class Product:
     """What an op computes, to the kernel: which units there are, which x each meets, and what becomes of the sums.
 
-    Row tiles are counted from 0 to `tiles`, and the units that are summed into one from 0 to `chunks`. The functions
+    A product has `tiles` row tiles of 16 sums for each row of x, and each is summed over `chunks` units. The functions
     are lane programs: they get the instructions, the refs of `tables`, and a row tile and chunk that may both lie
     beyond the last, where nothing is read of w.
 
@@ -71,6 +71,9 @@ class Product:
         row `row + v` of row tile `tile + s` with row `x_row` of x.
     shape, dtype: of y.
     tables: further arrays.
+    factor_at: ``(i, tables, tile, chunk)``: float32 by which the unit's product is multiplied; None for 1.
+    tiles_in_use: from the refs of `tables` the number of row tiles there are, int32, if that is known on the device
+        only; `tiles` is then the most there can be.
     span, vector: how many row tiles and rows `write` wants at a time; `span` divides `Config.tiles`.
     """
 
@@ -84,6 +87,8 @@ class Product:
     shape: tuple[int, ...]
     dtype: Any = jnp.float32
     tables: tuple[jax.Array, ...] = ()
+    factor_at: Callable[..., Register] | None = None
+    tiles_in_use: Callable[..., jax.Array] | None = None
     span: int = 1
     vector: int = 1
 
@@ -103,11 +108,12 @@ def _kernel(unit: Units, product: Product, config: Config) -> Any:
     rounds = -(-chunks // (parts * config.units))
     column_tiles = -(-m // 8)
     columns = (0,) if m == 1 else (0, 1)
-    groups = -(-product.tiles // config.tiles)
-    ctas = min(config.ctas, groups)
+    ctas = min(config.ctas, -(-product.tiles // config.tiles))
     tables_from = len(unit.planes)
 
-    def places(i: Any, group: Any, warpgroup: Any, turn: Any) -> list[tuple[Any, Any, Any]]:
+    def places(
+        i: Any, tiles: Any, warpgroup: Any, group: Any, turn: Any
+    ) -> list[tuple[Any, Any, Any]]:
         """Of each unit of this warp's turn: its row tile in the group, its chunk, and whether there is such a unit."""
         warp = i.iadd(i.shift_left(warpgroup, 2), i.warp())
         tile = i.iadd(i.imul(group, i.u32(config.tiles)), i.irem(warp, i.u32(config.tiles)))
@@ -115,7 +121,7 @@ def _kernel(unit: Units, product: Product, config: Config) -> Any:
         out = []
         for place in range(config.units):
             chunk = i.iadd(i.imul(part, i.u32(config.units)), i.u32(place))
-            exists = i.both(i.less(tile, i.u32(product.tiles)), i.less(chunk, i.u32(chunks)))
+            exists = i.both(i.less(tile, tiles), i.less(chunk, i.u32(chunks)))
             out.append((tile, chunk, exists))
         return out
 
@@ -131,13 +137,13 @@ def _kernel(unit: Units, product: Product, config: Config) -> Any:
         """Adds the products of the units in `registers`, each replaced by one of the next turn as it is used up."""
         x_gmem, planes, tables = refs[0], refs[1 : 1 + tables_from], refs[1 + tables_from :]
         sums, registers, *constants = arrays
-        group, warpgroup, turn, next_group, next_turn = scalars
+        tiles, warpgroup, group, turn, next_group, next_turn = scalars
         by_tile = [sums[4 * tile : 4 * tile + 4] for tile in range(column_tiles)]
         following: list[Any] = []
         for place, ((tile, chunk, _), (next_tile, next_chunk, exists)) in enumerate(
             zip(
-                places(i, group, warpgroup, turn),
-                places(i, next_group, warpgroup, next_turn),
+                places(i, tiles, warpgroup, group, turn),
+                places(i, tiles, warpgroup, next_group, next_turn),
                 strict=True,
             )
         ):
@@ -152,7 +158,15 @@ def _kernel(unit: Units, product: Product, config: Config) -> Any:
             ) -> None:
                 loaded[piece] = unit.pieces[piece][1](i, planes, index, exists)
 
-            by_tile = unit.multiply(i, pieces, done, constants, x, by_tile, columns)
+            if product.factor_at is None:
+                by_tile = unit.multiply(i, pieces, done, constants, x, by_tile, columns)
+            else:
+                factor = product.factor_at(i, tables, tile, chunk)
+                zeros = [[i.number(0.0)] * 4 for _ in by_tile]
+                plain = unit.multiply(i, pieces, done, constants, x, zeros, columns)
+                for n, p in itertools.product(range(column_tiles), range(4)):
+                    if p % 2 in columns:
+                        by_tile[n][p] = i.fma(factor, plain[n][p], by_tile[n][p])
             following += _flat(loaded)
         return [_flat(by_tile), following]
 
@@ -184,7 +198,7 @@ def _kernel(unit: Units, product: Product, config: Config) -> Any:
     def finish(i: Any, refs: Any, _: Any, scalars: Any) -> list[Any]:
         """Adds up the warps' sums, what one call of `product.write` wants a lane at a time."""
         sums_smem, y_gmem, *tables = refs
-        [group] = scalars
+        group, tiles_in_use = scalars
         span, vector = product.span, product.vector
         rows, tiles = ROWS // vector, config.tiles // span
         outputs = m * tiles * rows
@@ -196,24 +210,25 @@ def _kernel(unit: Units, product: Product, config: Config) -> Any:
             x_row = i.idiv(output, i.u32(rows * tiles))
             inside = i.less(output, i.u32(outputs))
 
-            def total(s: int, row: Any, tile: Any = tile, x_row: Any = x_row, inside=inside) -> Any:
-                sum_ = i.number(0.0)
-                for part in range(parts):
-                    warp = i.iadd(tile, i.u32(part * config.tiles + s))
-                    word = i.iadd(i.imul(i.iadd(i.imul(warp, i.u32(m)), x_row), i.u32(ROWS)), row)
-                    [bits] = i.load(sums_smem, word, 1, where=inside)
-                    sum_ = i.fadd(sum_, i.float_of_bits(bits))
-                return sum_
-
-            totals = [[total(s, i.iadd(row, i.u32(v))) for v in range(vector)] for s in range(span)]
+            totals = [[i.number(0.0)] * vector for _ in range(span)]
+            for s, part in itertools.product(range(span), range(parts)):
+                warp = i.iadd(tile, i.u32(part * config.tiles + s))
+                word = i.iadd(i.imul(i.iadd(i.imul(warp, i.u32(m)), x_row), i.u32(ROWS)), row)
+                sums = i.load(sums_smem, word, vector, where=inside)
+                totals[s] = [
+                    i.fadd(total, i.float_of_bits(bits))
+                    for total, bits in zip(totals[s], sums, strict=True)
+                ]
             tile = i.iadd(i.imul(group, i.u32(config.tiles)), tile)
-            inside = i.both(inside, i.less(tile, i.u32(product.tiles)))
+            inside = i.both(inside, i.less(tile, tiles_in_use))
             product.write(i, tables, y_gmem, tile, row, x_row, inside, totals)
         return []
 
     def body(x_gmem: Any, *refs: Any) -> None:
         *sources, y_gmem, sums_smem, exchanged = refs  # planes, then tables
         cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
+        tables = sources[tables_from:]
+        tiles = product.tiles_in_use(tables) if product.tiles_in_use else jnp.int32(product.tiles)
         constants = [lanes.opaque(bits) for bits in unit.constants]
         held = (config.units * unit.registers, jnp.uint32)
 
@@ -228,7 +243,7 @@ def _kernel(unit: Units, product: Product, config: Config) -> Any:
                     [(4 * column_tiles, jnp.float32), held],
                     refs=[x_gmem, *sources],
                     arrays=[*carry, *constants],
-                    scalars=[group, warpgroup, turn, *after],
+                    scalars=[tiles, warpgroup, group, turn, *after],
                 )
 
             carry = [lanes.zeros(4 * column_tiles), registers]
@@ -243,12 +258,14 @@ def _kernel(unit: Units, product: Product, config: Config) -> Any:
 
             @pl.when(is_writer)
             def _() -> None:
-                lanes.run(finish, refs=[buffer, y_gmem, *sources[tables_from:]], scalars=[group])
+                lanes.run(finish, refs=[buffer, y_gmem, *tables], scalars=[group, tiles])
 
             return following
 
+        groups = lax.div(tiles + (config.tiles - 1), jnp.int32(config.tiles))
         mine = lax.div(groups - cta + ctas - 1, jnp.int32(ctas))
-        [registers] = lanes.run(load, [held], refs=sources, scalars=[cta, warpgroup, jnp.int32(0)])
+        start = [tiles, warpgroup, cta, jnp.int32(0)]
+        [registers] = lanes.run(load, [held], refs=sources, scalars=start)
         lax.fori_loop(0, mine, one_group, registers)
 
     return plgpu.kernel(

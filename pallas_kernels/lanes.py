@@ -259,6 +259,15 @@ class Ptx:
     def fma(self, a: Register, b: Register, c: Register) -> Register:
         return self._asm(self.f32, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", a, b, c)
 
+    def exp2(self, a: Register) -> Register:
+        return self._asm(self.f32, "ex2.approx.ftz.f32 $0, $1;", "=f,f", a)
+
+    def reciprocal(self, a: Register) -> Register:
+        return self._asm(self.f32, "rcp.approx.ftz.f32 $0, $1;", "=f,f", a)
+
+    def pair_of_bf16(self, low: Register, high: Register) -> Register:
+        return self._asm(self.i32, "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", high, low)
+
     def mma(self, a: Registers, b: Registers, c: Registers) -> Registers:
         four = llvm.StructType.get_literal([self.f32] * 4)
         text = (
@@ -432,6 +441,15 @@ class Emulated:
     def fma(self, a: Register, b: Register, c: Register) -> Register:
         return a * b + c
 
+    def exp2(self, a: Register) -> Register:
+        return jnp.exp2(a)
+
+    def reciprocal(self, a: Register) -> Register:
+        return 1 / a
+
+    def pair_of_bf16(self, low: Register, high: Register) -> Register:
+        return _word_of_bf16(jnp.stack([low, high], axis=-1))
+
     def mma(self, a: Registers, b: Registers, c: Registers) -> Registers:
         product = jnp.einsum("wmk,wkn->wmn", _matrix_a(a), _matrix_b(b), precision="highest")
         # c0, c1 of row g, then those of row g + 8: [warp, half, g, t, pair]
@@ -461,11 +479,13 @@ class Emulated:
         self, ref: Any, word: Register, values: Registers, *, where: Register | None = None
     ) -> None:
         content = ref[...]
-        flat = content.reshape(-1)
+        flat = _words(content) if content.dtype.itemsize == 2 else content.reshape(-1)
         where = jnp.ones((WARPS, LANES), bool) if where is None else where
         word = jnp.where(where, word.astype(jnp.int32), flat.shape[0])
         for i, value in enumerate(values):
             flat = flat.at[word + i].set(value.astype(flat.dtype), mode="drop")
+        if flat.dtype != content.dtype:
+            flat = lax.bitcast_convert_type(flat, content.dtype)
         ref[...] = flat.reshape(content.shape)
 
 
