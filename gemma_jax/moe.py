@@ -12,7 +12,8 @@ from gemma_jax.config import Gemma4Config
 from gemma_jax.norms import NormedInput, Residual, add_normed
 from gemma_jax.parameters import vector_param, weight_param
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.expert_matmul import expert_matmul
+from pallas_kernels.expert_down import expert_down
+from pallas_kernels.expert_gate_up import expert_gate_up
 
 
 class MixtureOfExperts(nn.Module):
@@ -51,15 +52,12 @@ class MixtureOfExperts(nn.Module):
             weights = weights * per_expert_scale.astype(jnp.float32)[chosen]
         with jax.named_scope("experts"):
             x = NormedInput.of(h, pre_norm, c.rms_norm_eps)
-            rows, scale = (
-                jnp.repeat(v.reshape(-1, v.shape[-1]), c.num_experts_per_token, axis=0) for v in x
-            )
-            ids = chosen.reshape(-1)
-            rows = rows.astype(self.dtype)
-            y = expert_matmul(rows, gate_up, ids, implementation=self.implementation) * scale
-            y = gated_gelu(y).astype(self.dtype)
-            y = expert_matmul(y, down, ids, implementation=self.implementation)
-            y = jnp.sum(y.reshape(*weights.shape, hidden) * weights[..., None], axis=-2)
+            rows = x.x.reshape(-1, hidden).astype(self.dtype)
+            ids = chosen.reshape(len(rows), -1)
+            options = {"implementation": self.implementation}
+            y = expert_gate_up(rows, gate_up, ids, x.scale.reshape(-1), **options)
+            y = expert_down(y, down, ids, weights.reshape(ids.shape), **options)
+            y = y.reshape(h.h.shape)
         branches = [(dense, dense_post_norm), (y, post_norm)]
         return add_normed(h, branches, outer_norm, c.rms_norm_eps)
 

@@ -6,6 +6,8 @@
 
 from pallas_kernels.arrays import EQ8_0, FORMATS, Q4K, Q6K, QuantizedArray
 from pallas_kernels.embedding_lookup import embedding_lookup
+from pallas_kernels.expert_down import expert_down
+from pallas_kernels.expert_gate_up import expert_gate_up
 from pallas_kernels.expert_matmul import expert_matmul
 from pallas_kernels.packed import PACKED, PackedArray, Weight, pack_array
 from pallas_kernels.quantize import quantize, relative_error
@@ -21,6 +23,8 @@ __all__ = [
     "QuantizedArray",
     "Weight",
     "embedding_lookup",
+    "expert_down",
+    "expert_gate_up",
     "expert_matmul",
     "pack_array",
     "quantize",

@@ -258,6 +258,15 @@ class Ptx:
     def fma(self, a: Register, b: Register, c: Register) -> Register:
         return self._asm(self.f32, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", a, b, c)
 
+    def exp2(self, a: Register) -> Register:
+        return self._asm(self.f32, "ex2.approx.ftz.f32 $0, $1;", "=f,f", a)
+
+    def reciprocal(self, a: Register) -> Register:
+        return self._asm(self.f32, "rcp.approx.ftz.f32 $0, $1;", "=f,f", a)
+
+    def pair_of_bf16(self, low: Register, high: Register) -> Register:
+        return self._asm(self.i32, "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", high, low)
+
     def mma(self, a: Registers, b: Registers, c: Registers) -> Registers:
         four = llvm.StructType.get_literal([self.f32] * 4)
         text = (
@@ -474,6 +483,15 @@ class Emulated:
 
     def fma(self, a: Register, b: Register, c: Register) -> Register:
         return (a.astype(np.float64) * b + c).astype(np.float32)
+
+    def exp2(self, a: Register) -> Register:
+        return np.exp2(a)
+
+    def reciprocal(self, a: Register) -> Register:
+        return np.float32(1) / a
+
+    def pair_of_bf16(self, low: Register, high: Register) -> Register:
+        return _word_of_bf16(np.stack([low, high], axis=-1))
 
     def mma(self, a: Registers, b: Registers, c: Registers) -> Registers:
         product = _matrix_a(a) @ _matrix_b(b)

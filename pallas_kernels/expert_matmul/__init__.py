@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.expert_matmul import reference, xla
+from pallas_kernels.expert_matmul import mosaic, reference, xla
 from pallas_kernels.packed import Weight
 
-IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+IMPLEMENTATIONS = {"xla": xla, "mosaic": mosaic, "reference": reference}
 
 
 def expert_matmul(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import unpacked
+from pallas_kernels.expert_blocks import most_blocks, sort_pairs
 from pallas_kernels.packed import Weight
 from pallas_kernels.quantized_matmul.xla import matmul_dense
 from pallas_kernels.wordwise import weighted_sums
@@ -43,8 +44,8 @@ def expert_matmul(
     """float32 ``[M, N]``: row m is ``w[expert_ids[m]] @ x[m]``, ids in 0..E-1."""
     config = config or default_config(x, w, expert_ids)
     if x.shape[0] <= config.max_wordwise_rows:
-        chosen = unpacked(jax.tree.map(lambda plane: plane[expert_ids], w))
-        return jax.vmap(weighted_sums)(x[:, None], chosen)[:, 0]
+        chosen = jax.tree.map(lambda plane: plane[expert_ids], w)
+        return jax.vmap(weighted_sums)(x[:, None], unpacked(chosen))[:, 0]
     return _by_blocks(x, w, expert_ids, config.block_m)
 
 
@@ -52,15 +53,13 @@ def _by_blocks(x: jax.Array, w: Weight, expert_ids: jax.Array, block_m: int) -> 
     """Rows sorted by expert, every expert's group starting on a new block of ``block_m`` rows."""
     rows, k = x.shape
     experts, n, _ = w.shape
-    most_blocks = min(experts, rows) + rows // block_m
-    order = jnp.argsort(expert_ids, stable=True)
-    counts = jnp.zeros((experts,), jnp.int32).at[expert_ids].add(1)
+    most = most_blocks(experts=experts, pairs=rows, size=block_m)
+    order, counts, blocks_end = sort_pairs(expert_ids, experts, block_m)
     blocks = -(-counts // block_m)
-    blocks_end = jnp.cumsum(blocks)
     # The place of sorted row i: first row of its expert's blocks, plus its rank within the expert.
     shift = (blocks_end - blocks) * block_m - (jnp.cumsum(counts) - counts)
     place = jnp.arange(rows) + shift[expert_ids[order]]
-    padded = jnp.zeros((most_blocks * block_m, k), x.dtype).at[place].set(x[order])
+    padded = jnp.zeros((most * block_m, k), x.dtype).at[place].set(x[order])
 
     def block(b: jax.Array, out: jax.Array) -> jax.Array:
         expert = jnp.searchsorted(blocks_end, b, side="right")
@@ -72,6 +71,6 @@ def _by_blocks(x: jax.Array, w: Weight, expert_ids: jax.Array, block_m: int) -> 
             out, matmul_dense(x_block, unpacked(own)), b * block_m, 0
         )
 
-    out = jnp.zeros((most_blocks * block_m, n), jnp.float32)
+    out = jnp.zeros((most * block_m, n), jnp.float32)
     out = jax.lax.fori_loop(0, blocks_end[-1], block, out)
     return jnp.zeros((rows, n), jnp.float32).at[order].set(out[place])

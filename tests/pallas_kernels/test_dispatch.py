@@ -25,9 +25,7 @@ def test_a_named_one_serves_or_raises_its_reason() -> None:
 
 
 def test_an_unknown_name_is_answered_with_those_there_are() -> None:
-    with pytest.raises(
-        ValueError, match=r"one .* of picky, willing"
-    ):
+    with pytest.raises(ValueError, match=r"one .* of picky, willing"):
         choose("op", TABLE, "cuda", 5)
 
 

@@ -1,0 +1,85 @@
+"""``expert_gate_up`` by a hand-written Mosaic GPU kernel: packed or bfloat16 weights, bfloat16 x.
+
+The kernel is that of `pallas_kernels.decode_matmul` over the blocks of `pallas_kernels.expert_blocks`. A CTA's row
+tiles come in pairs, 16 rows of gate and the same 16 of up, wherever these are in w, so that who adds up the sums has
+both:
+
+    sums of gate tile ──▶ * scale ──▶ gelu ─┐
+    sums of up tile ────▶ * scale ──────────┴▶ * ──▶ bfloat16 h, two rows a lane
+
+Bytes moved: as `pallas_kernels.expert_matmul.mosaic`, but 2 bytes of h for every 8 of gate and up. No card has run it:
+it serves who asks for ``implementation="mosaic"``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+
+from pallas_kernels import expert_blocks
+from pallas_kernels.decode_matmul import Config
+from pallas_kernels.expert_blocks import blocks_of, multiply_blocks
+from pallas_kernels.packed import ROWS, Weight
+
+
+def why_not(x: jax.Array, w: Weight, expert_ids: jax.Array, scale: jax.Array) -> str | None:
+    """Wants bfloat16 x, packed or bfloat16 weights, and F a multiple of 16."""
+    del scale
+    if w.shape[1] % (2 * ROWS):
+        return f"w has shape {w.shape}: expected [E, 2 F, K] with F a multiple of {ROWS}"
+    return expert_blocks.why_not(x, w, expert_ids)
+
+
+def default_config(x: jax.Array, w: Weight, expert_ids: jax.Array, scale: jax.Array) -> Config:
+    """As many units as registers allow, and the number of tiles with the fewest turns."""
+    del x, scale
+    return expert_blocks.default_config(w, expert_ids.size, span=2)
+
+
+def expert_gate_up(
+    x: jax.Array,
+    w: Weight,
+    expert_ids: jax.Array,
+    scale: jax.Array,
+    config: Config | None = None,
+) -> jax.Array:
+    """``[T, J, F]``: ``gelu(scale[t] * gate) * scale[t] * up``, ids in 0..E-1."""
+    per_token = expert_ids.shape[1]
+    width = w.shape[1] // 2
+
+    def store(
+        i: Any, tables: Any, h: Any, pair: Any, row: Any, inside: Any, totals: list[list[Any]]
+    ) -> None:
+        [bits] = i.load(tables[0], i.idiv(pair, i.u32(per_token)), 1)
+        factor = i.float_of_bits(bits)
+        gate, up = ([i.fmul(factor, total) for total in matrix] for matrix in totals)
+        low, high = (i.fmul(_gelu(i, g), u) for g, u in zip(gate, up, strict=True))
+        word = i.shift_right(i.iadd(i.imul(pair, i.u32(width)), row), 1)
+        i.store(h, word, [i.pair_of_bf16(low, high)], where=inside)
+
+    return multiply_blocks(
+        x,
+        w,
+        blocks_of(expert_ids.reshape(-1), w.shape[0]),
+        store,
+        jax.ShapeDtypeStruct((*expert_ids.shape, width), x.dtype),
+        config or default_config(x, w, expert_ids, scale),
+        name="expert_gate_up",
+        pairs_per_row=per_token,
+        span=2,
+        vector=2,
+        tables=(scale,),
+    )
+
+
+def _gelu(i: Any, x: Any) -> Any:
+    """The tanh form as ``x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x**3)))``.
+
+    The instruction for tanh has 11 bits; those for powers of two and reciprocals have 22.
+    """
+    factor = -2 * math.sqrt(2 / math.pi) * math.log2(math.e)
+    square = i.fmul(x, x)
+    power = i.fmul(x, i.fma(square, i.number(0.044715 * factor), i.number(factor)))
+    return i.fmul(x, i.reciprocal(i.fadd(i.exp2(power), i.number(1.0))))
