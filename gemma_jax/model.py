@@ -26,13 +26,14 @@ from gemma_jax.cache import (
     stored_context,
 )
 from gemma_jax.config import Gemma4Config
-from gemma_jax.moe import MixtureOfExperts, gated_gelu
+from gemma_jax.moe import MixtureOfExperts
 from gemma_jax.norms import NormedInput, Residual, add_normed, rms_norm
 from gemma_jax.parameters import vector_param, weight_param
 from gemma_jax.rope import apply_rope, rope_table
 from pallas_kernels.attention import attention
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.embedding_lookup import embedding_lookup
+from pallas_kernels.gated_matmul import gated_matmul
 from pallas_kernels.quantized_matmul import quantized_matmul
 
 Params = dict[str, Any]
@@ -345,8 +346,8 @@ class FeedForward(nn.Module):
         normal = nn.initializers.normal(0.02)
         gate_up = weight_param(self, "gate_up", (2 * self.width, self.hidden_size), normal)
         down = weight_param(self, "down", (self.hidden_size, self.width), normal)
-        y = x.times(gate_up, self.dtype, self.implementation)
-        y = gated_gelu(y).astype(self.dtype)
+        h = x.x.astype(self.dtype)
+        y = gated_matmul(h, gate_up, x.scale, implementation=self.implementation)
         return quantized_matmul(y, down, implementation=self.implementation)
 
 

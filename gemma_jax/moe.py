@@ -75,9 +75,3 @@ def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     is_kth = rank[..., None, :] == jnp.arange(k)[:, None]
     values = jnp.sum(jnp.where(is_kth, x[..., None, :], 0), axis=-1)
     return values, jnp.sum(jnp.where(is_kth, at, 0), axis=-1)
-
-
-def gated_gelu(gate_up: jax.Array) -> jax.Array:
-    """``gelu(gate) * up`` of a last axis that holds gate then up; the tanh form of GELU."""
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    return nn.gelu(gate, approximate=True) * up

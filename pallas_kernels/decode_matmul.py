@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -96,6 +97,17 @@ class Product:
 def multiply(x: jax.Array, unit: Units, product: Product, config: Config) -> jax.Array:
     """y, of `product`, from bfloat16 x and the weights of `unit`."""
     return _kernel(unit, product, config)(x, *unit.planes, *product.tables)
+
+
+def gelu(i: Any, x: Any) -> Any:
+    """The tanh form as ``x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x**3)))``.
+
+    The instruction for tanh has 11 bits; those for powers of two and reciprocals have 22.
+    """
+    factor = -2 * math.sqrt(2 / math.pi) * math.log2(math.e)
+    square = i.fmul(x, x)
+    power = i.fmul(x, i.fma(square, i.number(0.044715 * factor), i.number(factor)))
+    return i.fmul(x, i.reciprocal(i.fadd(i.exp2(power), i.number(1.0))))
 
 
 def _flat(lists: Iterable[list[Any]]) -> list[Any]:

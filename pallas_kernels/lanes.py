@@ -208,6 +208,12 @@ class Ptx:
     def both(self, a: Register, b: Register) -> Register:
         return arith.andi(a, b)
 
+    def less_float(self, a: Register, b: Register) -> Register:
+        return arith.cmpf(arith.CmpFPredicate.OLT, a, b)
+
+    def select(self, where: Register, a: Register, b: Register) -> Register:
+        return arith.select(where, a, b)
+
     def and_(self, a: Register, mask: int) -> Register:
         return arith.andi(a, _constant(mask))
 
@@ -430,6 +436,12 @@ class Emulated:
 
     def both(self, a: Register, b: Register) -> Register:
         return a & b
+
+    def less_float(self, a: Register, b: Register) -> Register:
+        return a < b
+
+    def select(self, where: Register, a: Register, b: Register) -> Register:
+        return np.where(where, a, b)
 
     def and_(self, a: Register, mask: int) -> Register:
         return a & np.uint32(mask)

@@ -13,13 +13,12 @@ it serves who asks for ``implementation="mosaic"``.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
 
 from pallas_kernels import expert_blocks
-from pallas_kernels.decode_matmul import Config
+from pallas_kernels.decode_matmul import Config, gelu
 from pallas_kernels.expert_blocks import blocks_of, multiply_blocks
 from pallas_kernels.packed import ROWS, Weight
 
@@ -55,7 +54,7 @@ def expert_gate_up(
         [bits] = i.load(tables[0], i.idiv(pair, i.u32(per_token)), 1)
         factor = i.float_of_bits(bits)
         gate, up = ([i.fmul(factor, total) for total in matrix] for matrix in totals)
-        low, high = (i.fmul(_gelu(i, g), u) for g, u in zip(gate, up, strict=True))
+        low, high = (i.fmul(gelu(i, g), u) for g, u in zip(gate, up, strict=True))
         word = i.shift_right(i.iadd(i.imul(pair, i.u32(width)), row), 1)
         i.store(h, word, [i.pair_of_bf16(low, high)], where=inside)
 
@@ -72,14 +71,3 @@ def expert_gate_up(
         vector=2,
         tables=(scale,),
     )
-
-
-def _gelu(i: Any, x: Any) -> Any:
-    """The tanh form as ``x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x**3)))``.
-
-    The instruction for tanh has 11 bits; those for powers of two and reciprocals have 22.
-    """
-    factor = -2 * math.sqrt(2 / math.pi) * math.log2(math.e)
-    square = i.fmul(x, x)
-    power = i.fmul(x, i.fma(square, i.number(0.044715 * factor), i.number(factor)))
-    return i.fmul(x, i.reciprocal(i.fadd(i.exp2(power), i.number(1.0))))

@@ -40,11 +40,12 @@ def quantized_matmul(x: jax.Array, w: Weight, config: Config | None = None) -> j
     config = config or default_config(x, w)
     rows = x.reshape(-1, x.shape[-1])
     n, k = w.shape
-    y = multiply(rows, units(w), _product(len(rows), n, k, units(w)), config)
+    y = multiply(rows, units(w), product(len(rows), n, k, units(w)), config)
     return y.reshape(*x.shape[:-1], n)
 
 
-def _product(m: int, n: int, k: int, unit: Units) -> Product:
+def product(m: int, n: int, k: int, unit: Units) -> Product:
+    """float32 y ``[m, n]`` of x ``[m, k]`` and all units of w ``[n, k]`` in their order."""
     chunks = k // unit.chunk
 
     def unit_at(i: Any, _: Any, tile: Any, chunk: Any) -> Any:
