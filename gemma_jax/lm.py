@@ -22,9 +22,11 @@ from gemma_jax.checkpoints import resolve
 from gemma_jax.config import Gemma4Config
 from gemma_jax.generation import FinishReason, GenerateResult, advance, generate, start
 from gemma_jax.model import Gemma4, Params
+from gemma_jax.parameters import pack_params
 from gemma_jax.sampling import Sampling, SamplingParams, stack_sampling
 from gemma_jax.streaming import THINKING_MARKERS, Kind, StopStrings, split_thinking, stream_text
 from gemma_jax.tokenizer import Tokenizer
+from pallas_kernels.dispatch import Implementation
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
@@ -58,7 +60,10 @@ class Completion:
 
 
 def load(
-    source: str | Path, format: str | None = None, dtype: jax.typing.DTypeLike | None = None
+    source: str | Path,
+    format: str | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    implementation: Implementation = None,
 ) -> LanguageModel:
     """Loads a checkpoint. Compiled programs are kept in the user's cache folder: see `gemma_jax.compilation_cache`.
 
@@ -67,6 +72,8 @@ def load(
         name of a bundled model ("tiny-dense", "tiny-moe").
       format: "q4k", "eq8_0" or "bf16" quantizes a Hugging Face checkpoint on the way in; None keeps what is there.
       dtype: type of the activations and the KV cache: bfloat16 unless the backend is the CPU, where float32 is faster.
+      implementation: of the ops, "xla", or several in order of preference: ("mosaic", "xla") uses the hand-written GPU
+        kernels where there are any, for which quantized matrices are packed. None is what is known to run everywhere.
 
     Raises:
       ValueError: the checkpoint is damaged or not a Gemma 4, or `format` differs from that of a converted folder; the
@@ -89,7 +96,9 @@ def load(
     config = dataclasses.replace(config, eos_ids=tokenizer.eos_ids)
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    return LanguageModel(Gemma4(config, jnp.dtype(dtype)), params, tokenizer)
+    if "mosaic" in (implementation or ()):
+        params = pack_params(params)
+    return LanguageModel(Gemma4(config, jnp.dtype(dtype), implementation), params, tokenizer)
 
 
 @dataclasses.dataclass(frozen=True)
