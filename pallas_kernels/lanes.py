@@ -175,10 +175,9 @@ class Ptx:
         return mgpu_utils.c(value, self.f32)
 
     def opaque(self, bits: int) -> Registers:
-        # Grids are one-dimensional: these are 0.
-        axes = [self._asm(self.i32, f"mov.u32 $0, %ctaid.{axis};", "=r") for axis in "yz"]
-        moved = [arith.shli(axes[n % 2], _constant(n // 2)) for n in range(4)]
-        return [arith.ori(m, _constant(bits)) for m in moved]
+        # No GPU has 2**24 SMs: these are 0, which the assembler does not know.
+        sm = self._asm(self.i32, "mov.u32 $0, %smid;", "=r")
+        return [arith.ori(arith.shrui(sm, _constant(24 + n)), _constant(bits)) for n in range(4)]
 
     def lane(self) -> Register:
         return arith.remui(mgpu_utils.thread_idx(), _constant(LANES))
