@@ -57,7 +57,7 @@ def expert_down(
     rows, ids = h.reshape(-1, h.shape[-1]), expert_ids.reshape(-1)
     if len(ids) > MAX_SINGLE:
         y = expert_matmul.expert_matmul(rows, w, ids, config)
-        return jnp.sum(y.reshape(*weights.shape, -1) * weights[..., None], axis=1)
+        return jnp.sum(y.reshape(*weights.shape, w.shape[1]) * weights[..., None], axis=1)
     product = _product(w, units(w), expert_ids, weights)
     return multiply(rows, units(w), product, config)
 

@@ -22,4 +22,4 @@ def expert_down(h: jax.Array, w: Weight, expert_ids: jax.Array, weights: jax.Arr
     """float32 ``[T, N]``: ``sum_j weights[t, j] * w[expert_ids[t, j]] @ h[t, j]``, ids in 0..E-1."""
     rows = h.reshape(-1, h.shape[-1])
     y = reference.expert_matmul(rows, w, expert_ids.reshape(-1))
-    return jnp.sum(y.reshape(*weights.shape, -1) * weights[..., None], axis=1)
+    return jnp.sum(y.reshape(*weights.shape, w.shape[1]) * weights[..., None], axis=1)

@@ -30,4 +30,4 @@ def expert_down(
 ) -> jax.Array:
     """float32 ``[T, N]``: ``sum_j weights[t, j] * w[expert_ids[t, j]] @ h[t, j]``, ids in 0..E-1."""
     y = xla.expert_matmul(h.reshape(-1, h.shape[-1]), w, expert_ids.reshape(-1), config)
-    return jnp.sum(y.reshape(*weights.shape, -1) * weights[..., None], axis=1)
+    return jnp.sum(y.reshape(*weights.shape, w.shape[1]) * weights[..., None], axis=1)

@@ -22,5 +22,7 @@ def expert_gate_up(x: jax.Array, w: Weight, expert_ids: jax.Array, scale: jax.Ar
     """``[T, J, F]``: ``gelu(scale[t] * gate) * scale[t] * up``, ids in 0..E-1."""
     per_token = expert_ids.shape[1]
     y = reference.expert_matmul(jnp.repeat(x, per_token, axis=0), w, expert_ids.reshape(-1))
-    gate, up = jnp.split(y.reshape(*expert_ids.shape, -1) * scale[:, None, None], 2, axis=-1)
+    gate, up = jnp.split(
+        y.reshape(*expert_ids.shape, w.shape[1]) * scale[:, None, None], 2, axis=-1
+    )
     return (jax.nn.gelu(gate, approximate=True) * up).astype(x.dtype)

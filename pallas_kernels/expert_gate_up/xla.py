@@ -30,7 +30,7 @@ def expert_gate_up(
     y = xla.expert_matmul(*_repeated(x, w, expert_ids), config)
     gate, up = jnp.split(y * jnp.repeat(scale, expert_ids.shape[1])[:, None], 2, axis=-1)
     h = (jax.nn.gelu(gate, approximate=True) * up).astype(x.dtype)
-    return h.reshape(*expert_ids.shape, -1)
+    return h.reshape(*expert_ids.shape, w.shape[1] // 2)
 
 
 def _repeated(

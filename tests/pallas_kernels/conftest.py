@@ -51,6 +51,24 @@ def sum_tolerance() -> Callable[[int], float]:
 
 
 @pytest.fixture
+def kernel_tolerance(magnitudes, sum_tolerance) -> Callable[[Weight], np.ndarray]:
+    """Per |x| and weight, how far a sum of a mosaic kernel may be off.
+
+    As any float32 sum of K products, and for Q4K by what comes of adding 128 to its codes and taking it away again
+    within the 64 products of a group: half of those are of the 128 alone.
+    """
+
+    def of(w: Weight) -> np.ndarray:
+        tolerance = sum_tolerance(w.shape[-1]) * magnitudes(w)
+        if not isinstance(w, Q4K):
+            return tolerance
+        scale = np.repeat(np.asarray(w.block_scales()[0]), 32, axis=-1)
+        return tolerance + sum_tolerance(64) * 128 * scale
+
+    return of
+
+
+@pytest.fixture
 def bf16_rounding() -> float:
     """Relative to ``sum |x w|``, what rounding the weights to bfloat16 may cost: half a unit of 8 bits."""
     return float(jnp.finfo(jnp.bfloat16).eps) / 2

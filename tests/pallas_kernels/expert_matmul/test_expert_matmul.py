@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import FORMATS, expert_matmul
-from pallas_kernels.expert_matmul import IMPLEMENTATIONS, xla
+from pallas_kernels import FORMATS, expert_matmul, pack_array
+from pallas_kernels.expert_matmul import xla
 from pallas_kernels.expert_matmul.cases import SMALL
+
+# Mosaic kernels take packed weights and are in test_mosaic.
+IMPLEMENTATIONS = ("xla", "reference")
 
 
 def _check(got, x, w, ids, magnitudes, tolerance: float) -> None:
@@ -43,6 +46,18 @@ def test_every_row_meets_its_own_expert(
         assert (got.shape, got.dtype) == ((rows, n), jnp.float32)
         rounded = dtype == jnp.bfloat16 and rows > 16 and weight_format in FORMATS
         _check(got, x, w, ids, magnitudes, sum_tolerance(k) + (bf16_rounding if rounded else 0))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("rows", [3, 30])
+def test_packed_weights_are_the_same_numbers(implementation, rows: int, make_weight) -> None:
+    w = make_weight("q4k", (3, 16, 64))
+    x = jnp.asarray(np.random.default_rng(3).standard_normal((rows, 64)), jnp.float32)
+    ids = jnp.arange(rows) % 3
+    plain, packed = (
+        expert_matmul(x, w, ids, implementation=implementation) for w in (w, pack_array(w))
+    )
+    np.testing.assert_array_equal(plain, packed)
 
 
 @pytest.mark.parametrize("block_m", [1, 4, 8, 64])
@@ -105,3 +120,10 @@ def test_errors_name_the_argument(make_weight) -> None:
         expert_matmul(jnp.zeros((2, 64)), w, jnp.zeros(2))
     with pytest.raises(ValueError, match="x has dtype int32"):
         expert_matmul(jnp.zeros((2, 64), jnp.int32), w, ids)
+    with pytest.raises(ValueError, match="'mosaic' cannot serve this: x has dtype float32"):
+        expert_matmul(jnp.zeros((2, 64)), w, ids, implementation="mosaic")
+    with pytest.raises(ValueError, match="w is Q4K in the order of its rows: pack it"):
+        expert_matmul(jnp.zeros((2, 64), jnp.bfloat16), w, ids, implementation="mosaic")
+    none = jnp.zeros((0, 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match="there are no rows"):
+        expert_matmul(none, w, ids[:0], implementation="mosaic")
