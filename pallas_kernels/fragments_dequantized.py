@@ -36,6 +36,11 @@ def dequantizer(w: PackedArray) -> Dequantize:
     return _q6k
 
 
+def pairs_of_lane(w: PackedArray) -> int:
+    """How many pairs of columns that lie side by side a lane holds: four of a group of 32, in Q6K two of 16."""
+    return 2 if isinstance(w, PackedQ6K) else 4
+
+
 def permuted(x: jax.Array, w: PackedArray) -> jax.Array:
     """x ``[M, K]`` with its columns in the order in which fragments of `w` have theirs.
 
@@ -44,8 +49,7 @@ def permuted(x: jax.Array, w: PackedArray) -> jax.Array:
     pairs.
     """
     m, k = x.shape
-    pairs = 2 if isinstance(w, PackedQ6K) else 4
-    return x.reshape(m, -1, 4, pairs, 2).swapaxes(2, 3).reshape(m, k)
+    return x.reshape(m, -1, 4, pairs_of_lane(w), 2).swapaxes(2, 3).reshape(m, k)
 
 
 def _q4k(parts: int, i: Any, pieces: list[Registers], part: int, done: Done) -> Registers:
