@@ -26,7 +26,7 @@ from pallas_kernels.packed import ROWS, PackedArray, PackedEQ8_0, PackedQ4K, Pac
 
 MAX_ROWS = 16  # of x: two tiles of eight columns in the product
 
-_MAGIC = 0x43004300  # a pair of bfloat16 128
+MAGIC = 0x43004300  # a pair of bfloat16 128
 _MINUS_128 = 0xC300C300
 _MINUS_160 = 0xC320C320
 
@@ -184,7 +184,7 @@ def _multiply_q4k(
     """Adds, per row: d * sum_g sc_g * sum(q * x) - dmin * sum_g m_g * sum(x)."""
     rows, codes = pieces[:2], pieces[2:]
     wide = len(codes) == 4
-    integers = [_wide_scales(i, row) if wide else _narrow_scales(i, row) for row in rows]
+    integers = [wide_scales(i, row) if wide else narrow_scales(i, row) for row in rows]
     d = [i.float_of_half(row[0], 0) for row in rows]
     # -128 sum(x) has the minimum's sign already.
     dmin = [i.fmul(i.float_of_half(row[0], 1), i.number(1 / 128)) for row in rows]
@@ -195,7 +195,7 @@ def _multiply_q4k(
     minima = [_zeros(i) for _ in range(tiles)]
     for group in range(2 * len(codes)):
         words = codes[group // 2][group % 2 * 2 :]
-        a = [_fragment_of_nibbles(i, words[part]) for part in range(2)]
+        a = [fragment_of_nibbles(i, words[part]) for part in range(2)]
         if group % 2:
             done(2 + group // 2)
         factors = [[i.float_of_byte(*where[group]) for where in row] for row in integers]
@@ -213,7 +213,7 @@ def _multiply_q4k(
     ]
 
 
-def _wide_scales(i: Any, row: Registers) -> tuple[list[tuple[Register, int]], ...]:
+def wide_scales(i: Any, row: Registers) -> tuple[list[tuple[Register, int]], ...]:
     """Where the eight sc and the eight m of a row's chunk are: (register, byte)."""
     low, high, tops = row[1], row[2], row[3]
     sc = (
@@ -229,7 +229,7 @@ def _wide_scales(i: Any, row: Registers) -> tuple[list[tuple[Register, int]], ..
     return tuple([(words[g // 4], g % 4) for g in range(8)] for words in (sc, m))
 
 
-def _narrow_scales(i: Any, row: Registers) -> tuple[list[tuple[Register, int]], ...]:
+def narrow_scales(i: Any, row: Registers) -> tuple[list[tuple[Register, int]], ...]:
     return [(row[1], 0), (row[1], 2)], [(row[1], 1), (row[1], 3)]
 
 
@@ -287,7 +287,7 @@ def _multiply_q6k(
                 i.shift_left(top, 4 - 2 * field) if field < 2 else i.shift_right(top, 2 * field - 4)
             )
             low = i.and_or(
-                i.shift_right(codes[group // 4][group % 4], 4 * place), 0x000F000F, _MAGIC
+                i.shift_right(codes[group // 4][group % 4], 4 * place), 0x000F000F, MAGIC
             )
             a.append(i.and_or_register(moved, 0x00300030, low))
         factors = [i.float_of_byte(row[group // 4], group % 4, signed=True) for row in rows]
@@ -326,15 +326,15 @@ def _multiply_plain(
     return sums
 
 
-def _fragment_of_nibbles(i: Any, word: Register) -> Registers:
+def fragment_of_nibbles(i: Any, word: Register) -> Registers:
     """a0 to a3, each two bfloat16 128 + q."""
-    return [i.and_or(i.shift_right(word, 4 * place), 0x000F000F, _MAGIC) for place in range(4)]
+    return [i.and_or(i.shift_right(word, 4 * place), 0x000F000F, MAGIC) for place in range(4)]
 
 
 def _pair_of_bytes(i: Any, word: Register, which: int) -> Register:
     """Bytes 2 `which` and the next, in two's complement, as two bfloat16: 128 + low seven bits, less 128 or 256."""
     spread = i.bytes_of(word, 0x4342 if which else 0x4140)
-    low, high = i.and_or(spread, 0x007F007F, _MAGIC), i.and_or(spread, 0x00800080, _MAGIC)
+    low, high = i.and_or(spread, 0x007F007F, MAGIC), i.and_or(spread, 0x00800080, MAGIC)
     return i.subtract_bf16x2(low, high)
 
 

@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -56,13 +58,16 @@ def is_interpreted() -> bool:
 
 def interpret_params() -> Any:
     """The ``interpret`` argument of `plgpu.kernel`."""
-    return plgpu.InterpretGPUParams() if is_interpreted() else None
+    if not is_interpreted():
+        return None
+    # As TMA does, a copy may reach beyond an array; what it finds there is not a number.
+    return plgpu.InterpretGPUParams(out_of_bounds_reads="uninitialized")
 
 
 def zeros(n: int) -> jax.Array:
     """n registers of every lane, zero: float32 ``[4, 32, n]``."""
     value = jnp.zeros((WARPS, LANES, n), F32)
-    return value if is_interpreted() else plgpu.layout_cast(value, _layout(n))
+    return value if is_interpreted() else plgpu.layout_cast(value, layout(n))
 
 
 def opaque(bits: int) -> jax.Array:
@@ -102,43 +107,61 @@ def run(
 
     kinds = (
         [plgpu.RefType()] * len(refs),
-        [_layout(a.shape[-1]) for a in arrays],
+        [layout(a.shape[-1]) for a in arrays],
         [plgpu.Layout.WG_SPLAT] * len(scalars),
     )
-    shapes = [
-        plgpu.ShapeDtypeStruct((WARPS, LANES, n), dtype, layout=_layout(n)) for n, dtype in results
-    ]
+    shapes = [array_type(n, dtype) for n, dtype in results]
 
     @plgpu.inline_mgpu(arg_types=kinds, return_type=shapes or None)
     def inlined(_, refs, arrays, scalars):
-        inputs = [_unpack(array.registers.item()) for array in arrays]
+        inputs = [unpack(array.registers.item()) for array in arrays]
         singles = [scalar.registers.item() for scalar in scalars]
-        out = program(Ptx(), refs, inputs, singles)
-        fragments = []
-        for registers in out:
-            n = len(registers)
-            words = np.array(_pack(registers), dtype=object)
-            layout = _layout(n).to_mgpu()
-            signed = None if registers[0].type == ir.F32Type.get() else False
-            fragments.append(
-                fa.FragmentedArray(
-                    _registers=words.reshape(layout.registers_shape((WARPS, LANES, n))),
-                    _layout=layout,
-                    _is_signed=signed,
-                )
-            )
-        return fragments or None
+        return [array_of(registers) for registers in program(Ptx(), refs, inputs, singles)] or None
 
     flat = inlined(list(refs), list(arrays), list(scalars))
     return list(flat) if flat is not None else []
 
 
-def _layout(n: int) -> Any:
+def in_turn(body: Callable[[], None], warpgroups: int) -> None:
+    """Runs `body` in each warpgroup of axis "warpgroup"; on a CPU, where `run` writes whole refs, one by one."""
+    if not is_interpreted():
+        body()
+        return
+
+    def take_turns(over: Any) -> None:
+        for turn in range(warpgroups):
+            pl.when(lax.axis_index("warpgroup") == turn)(body)
+            plgpu.barrier_arrive(over)
+            plgpu.barrier_wait(over)
+
+    barrier = plgpu.Barrier(num_arrivals=warpgroups)
+    pl.run_scoped(take_turns, barrier, collective_axes="warpgroup")
+
+
+def layout(n: int) -> Any:
+    """Of arrays ``[4, 32, n]``."""
     tiling = fa.Tiling(((WARPS, LANES, n),))
     return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 
 
-def _unpack(value: ir.Value) -> Registers:
+def array_type(n: int, dtype: Any) -> Any:
+    """An array ``[4, 32, n]`` as inline code returns it."""
+    return plgpu.ShapeDtypeStruct((WARPS, LANES, n), dtype, layout=layout(n))
+
+
+def array_of(registers: Registers) -> fa.FragmentedArray:
+    """The array that holds a lane's registers, in inline code."""
+    words = np.array(_pack(registers), dtype=object)
+    tiled = layout(len(registers)).to_mgpu()
+    return fa.FragmentedArray(
+        _registers=words.reshape(tiled.registers_shape((WARPS, LANES, len(registers)))),
+        _layout=tiled,
+        _is_signed=None if registers[0].type == ir.F32Type.get() else False,
+    )
+
+
+def unpack(value: ir.Value) -> Registers:
+    """The registers that a vector stands for, in inline code."""
     [n] = ir.VectorType(value.type).shape
     return [
         vector.extract(value, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
@@ -232,8 +255,14 @@ class Ptx:
     def and_or_register(self, a: Register, mask: int, b: Register) -> Register:
         return self._asm(self.i32, f"lop3.b32 $0, $1, {mask:#x}, $2, 0xEA;", "=r,r,r", a, b)
 
-    def bytes_of(self, a: Register, selector: int) -> Register:
-        return self._asm(self.i32, f"prmt.b32 $0, $1, 0, {selector:#x};", "=r,r", a)
+    def xor(self, a: Register, bits: int) -> Register:
+        return arith.xori(a, _constant(bits))
+
+    def bytes_of(self, a: Register, selector: int, bits: int = 0) -> Register:
+        return self._asm(self.i32, f"prmt.b32 $0, $1, {bits:#x}, {selector:#x};", "=r,r", a)
+
+    def bf16x2_of_floats(self, low: Register, high: Register) -> Register:
+        return self._asm(self.i32, "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", low, high)
 
     def subtract_bf16x2(self, a: Register, b: Register) -> Register:
         return self._asm(self.i32, "sub.rn.bf16x2 $0, $1, $2;", "=r,r,r", a, b)
@@ -259,6 +288,9 @@ class Ptx:
 
     def fmul(self, a: Register, b: Register) -> Register:
         return self._asm(self.f32, "mul.rn.f32 $0, $1, $2;", "=f,f,f", a, b)
+
+    def fneg(self, a: Register) -> Register:
+        return arith.negf(a)
 
     def fma(self, a: Register, b: Register, c: Register) -> Register:
         return self._asm(self.f32, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", a, b, c)
@@ -298,7 +330,7 @@ class Ptx:
         words bypass L1 and draw the rest of their 256 bytes into L2.
         """
         space, pointer, width = self._pointer(ref, word)
-        hints = ".nc.L1::no_allocate.L2::256B" if streamed else ""
+        hints = ".L1::no_allocate.L2::256B" if streamed else ""
         outs = ", ".join(f"${i}" for i in range(n))
         vector_suffix = "" if n == 1 else f".v{n}"
         target = outs if n == 1 else f"{{{outs}}}"
@@ -314,11 +346,12 @@ class Ptx:
             text = f"{{ .reg .pred p; setp.ne.b32 p, ${n + 1}, 0; {' '.join(preset)} @p {text} }}"
             constraints = ",".join(["=&r"] * n + [width, "r"])
             operands.append(arith.extui(self.i32, where))
-        effects = not streamed
+        # Loads keep their place: without effects, or with .nc, the assembler would move them to where the words are
+        # used.
         if n == 1:
-            return [self._asm(self.i32, text, constraints, *operands, effects=effects)]
+            return [self._asm(self.i32, text, constraints, *operands, effects=True)]
         struct = llvm.StructType.get_literal([self.i32] * n)
-        out = self._asm(struct, text, constraints, *operands, effects=effects)
+        out = self._asm(struct, text, constraints, *operands, effects=True)
         return [llvm.extractvalue(self.i32, out, [i]) for i in range(n)]
 
     def store(
@@ -460,14 +493,21 @@ class Emulated:
     def and_or_register(self, a: Register, mask: int, b: Register) -> Register:
         return (a & np.uint32(mask)) | b
 
-    def bytes_of(self, a: Register, selector: int) -> Register:
+    def xor(self, a: Register, bits: int) -> Register:
+        return a ^ np.uint32(bits)
+
+    def bytes_of(self, a: Register, selector: int, bits: int = 0) -> Register:
         out = np.zeros_like(a)
         for place in range(4):
             which = (selector >> (4 * place)) & 15
             assert which < 8, "sign replication is not modelled"
-            if which < 4:
-                out |= ((a >> np.uint32(8 * which)) & np.uint32(255)) << np.uint32(8 * place)
+            source = a if which < 4 else self.u32(bits)
+            byte = (source >> np.uint32(8 * (which % 4))) & np.uint32(255)
+            out |= byte << np.uint32(8 * place)
         return out
+
+    def bf16x2_of_floats(self, low: Register, high: Register) -> Register:
+        return _word_of_bf16(np.stack([low, high], axis=-1))
 
     def subtract_bf16x2(self, a: Register, b: Register) -> Register:
         return _word_of_bf16(_bf16_of_word(a) - _bf16_of_word(b))
@@ -491,6 +531,9 @@ class Emulated:
 
     def fmul(self, a: Register, b: Register) -> Register:
         return a * b
+
+    def fneg(self, a: Register) -> Register:
+        return -a
 
     def fma(self, a: Register, b: Register, c: Register) -> Register:
         return (a.astype(np.float64) * b + c).astype(np.float32)
