@@ -35,9 +35,9 @@ def why_not(h: jax.Array, w: Weight, expert_ids: jax.Array, weights: jax.Array) 
 
 def default_config(h: jax.Array, w: Weight, expert_ids: jax.Array, weights: jax.Array) -> Config:
     """As many units as registers allow, and the number of tiles with the fewest turns."""
-    del weights
+    del h, weights
     if expert_ids.size > MAX_SINGLE:
-        return expert_matmul.default_config(h, w, expert_ids.reshape(-1))
+        return expert_blocks.default_config(w, expert_ids.size)
     _, n, width = w.shape
     tokens, per_token = expert_ids.shape
     return expert_blocks.fewest_turns(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -18,7 +20,8 @@ def default_config(
     h: jax.Array, w: Weight, expert_ids: jax.Array, weights: jax.Array
 ) -> xla.Config:
     """That of ``expert_matmul``."""
-    return xla.default_config(h.reshape(-1, h.shape[-1]), w, expert_ids.reshape(-1))
+    rows: Any = jax.ShapeDtypeStruct((expert_ids.size, h.shape[-1]), h.dtype)
+    return xla.default_config(rows, w, expert_ids)
 
 
 def expert_down(

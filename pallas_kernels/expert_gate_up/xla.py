@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -16,7 +18,8 @@ def why_not(x: jax.Array, w: Weight, expert_ids: jax.Array, scale: jax.Array) ->
 
 def default_config(x: jax.Array, w: Weight, expert_ids: jax.Array, scale: jax.Array) -> xla.Config:
     """That of ``expert_matmul``."""
-    return xla.default_config(*_repeated(x, w, expert_ids))
+    rows: Any = jax.ShapeDtypeStruct((expert_ids.size, x.shape[-1]), x.dtype)
+    return xla.default_config(rows, w, expert_ids)
 
 
 def expert_gate_up(
@@ -27,13 +30,8 @@ def expert_gate_up(
     config: xla.Config | None = None,
 ) -> jax.Array:
     """``[T, J, F]``: ``gelu(scale[t] * gate) * scale[t] * up``, ids in 0..E-1."""
-    y = xla.expert_matmul(*_repeated(x, w, expert_ids), config)
-    gate, up = jnp.split(y * jnp.repeat(scale, expert_ids.shape[1])[:, None], 2, axis=-1)
+    rows, scales = (jnp.repeat(v, expert_ids.shape[1], axis=0) for v in (x, scale))
+    y = xla.expert_matmul(rows, w, expert_ids.reshape(-1), config) * scales[:, None]
+    gate, up = jnp.split(y, 2, axis=-1)
     h = (jax.nn.gelu(gate, approximate=True) * up).astype(x.dtype)
     return h.reshape(*expert_ids.shape, w.shape[1] // 2)
-
-
-def _repeated(
-    x: jax.Array, w: Weight, expert_ids: jax.Array
-) -> tuple[jax.Array, Weight, jax.Array]:
-    return jnp.repeat(x, expert_ids.shape[1], axis=0), w, expert_ids.reshape(-1)
