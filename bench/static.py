@@ -236,6 +236,10 @@ def report(options: argparse.Namespace, target: str) -> dict[str, list[dict[str,
                         file=sys.stderr,
                         flush=True,
                     )
+    if not options.no_kernels:
+        from bench import static_kernels  # which imports this module
+
+        out["kernels"] += static_kernels.entries(target)
     return out
 
 
@@ -249,6 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", nargs="*", type=int, default=[1], help="none: prefill only")
     parser.add_argument("--layers", type=int, help="only the first layers, for a quick look")
     parser.add_argument("--no-prefill", action="store_true", help="decode only")
+    parser.add_argument("--no-kernels", action="store_true", help="leave out the hand kernels")
     options = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
     os.environ["XLA_FLAGS"] = xla_flags.with_defaults(os.environ.get("XLA_FLAGS", ""))

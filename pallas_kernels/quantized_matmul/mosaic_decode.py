@@ -71,6 +71,12 @@ def default_config(x: jax.Array, w: Weight) -> Config:
     return min((Config(tiles=tiles) for tiles in (1, 2, 4, 8, 16)), key=most_units)
 
 
+def mmas_per_fragment(x: jax.Array, w: Weight) -> int:
+    """Tensor-core instructions for each 16 x 16 weights: one a tile of columns, and as many of a constant operand."""
+    column_tiles = -(-math.prod(x.shape[:-1]) // 8)
+    return column_tiles * (2 if units(w).constants else 1)
+
+
 def quantized_matmul(x: jax.Array, w: Weight, config: Config | None = None) -> jax.Array:
     """float32 ``[..., N] = x [..., K] @ w [N, K].T``."""
     config = config or default_config(x, w)
