@@ -12,6 +12,7 @@ from pallas_kernels.quantized_matmul import mosaic_decode
 
 why_not = mosaic_decode.why_not
 default_config = mosaic_decode.default_config
+configs = mosaic_decode.configs
 mmas_per_fragment = mosaic_decode.mmas_per_fragment
 
 

@@ -28,7 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import lanes
+from pallas_kernels import lanes, tuning
 from pallas_kernels.fragments import MAX_ROWS, Units, units, why_no_units
 from pallas_kernels.packed import ROWS, Weight
 
@@ -46,6 +46,13 @@ class Config:
     warpgroups: int = 4
     ctas: int = 132
 
+    def __post_init__(self) -> None:
+        if self.warpgroups > 8 or 4 * self.warpgroups % self.tiles:
+            raise ValueError(
+                f"tiles = {self.tiles}, warpgroups = {self.warpgroups}: expected at most 8 warpgroups, and tiles that "
+                "divide their warps"
+            )
+
 
 def why_not(x: jax.Array, w: Weight) -> str | None:
     """Wants bfloat16 x of at most 16 rows, and packed or bfloat16 weights."""
@@ -58,8 +65,9 @@ def why_not(x: jax.Array, w: Weight) -> str | None:
 
 
 def default_config(x: jax.Array, w: Weight) -> Config:
-    """The number of tiles that lets the busiest warp have the fewest units."""
-    del x
+    """What was measured to be best on this GPU, else the tiles that let the busiest warp have the fewest units."""
+    if (config := tuning.tuned(Config, x, w)) is not None:
+        return config
     n, k = w.shape
     row_tiles, chunks = n // ROWS, k // units(w).chunk
 
@@ -69,6 +77,14 @@ def default_config(x: jax.Array, w: Weight) -> Config:
         return -(-groups // config.ctas) * rounds
 
     return min((Config(tiles=tiles) for tiles in (1, 2, 4, 8, 16)), key=most_units)
+
+
+def configs(x: jax.Array, w: Weight) -> list[Config]:
+    """What is worth measuring: tiles, and the same warps in CTAs of half the size."""
+    del x, w
+    spread = ((4, 132), (2, 264))
+    tiles = (1, 2, 4, 8, 16)
+    return [Config(t, wgs, ctas) for wgs, ctas in spread for t in tiles if 4 * wgs % t == 0]
 
 
 def mmas_per_fragment(x: jax.Array, w: Weight) -> int:
