@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
@@ -87,6 +89,26 @@ class Call(NamedTuple):
         return OPS[self.op].function(*arguments, implementation=self.implementation)
 
     @property
+    def configs(self) -> dict[str, Any]:
+        """The configs that the implementation offers to try, by name."""
+        offer: Callable[..., list[Any]] | None = getattr(self.module, "configs", None)
+        return {
+            " ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items()): config
+            for config in (offer(*self.arguments) if offer else ())
+        }
+
+    def configured(self, config: str | None) -> Callable[..., jax.Array]:
+        """`run`, or the implementation with the config of that name."""
+        if config is None:
+            return self.run
+        return functools.partial(getattr(self.module, self.op), config=self.configs[config])
+
+    @property
+    def runs_on_cpu(self) -> bool:
+        """Whether it is made of what XLA has everywhere."""
+        return not is_hand_kernel(self.implementation)
+
+    @property
     def weights_read(self) -> int:
         """Weights of the matrices that the call uses: of experts, the most that its rows can choose."""
         *experts, n, k = self.shapes.w
@@ -115,6 +137,11 @@ class Call(NamedTuple):
         return read + 2 * m * k + 4 * m * self.shapes.w[-2]
 
 
+def is_hand_kernel(implementation: str) -> bool:
+    """Whether an implementation of that name is a kernel of ours for GPUs."""
+    return implementation.startswith("mosaic")
+
+
 def calls(
     *,
     group: str = "REAL",
@@ -136,6 +163,44 @@ def calls(
                             if w is not None and not module.why_not(*_arguments(shapes, w)):
                                 yield Call(op, case, name, weight_format, shapes, packed)
                                 break
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelCase:
+    """A call to be timed, by its names; `config` is one of `Call.configs`, None the implementation's own choice."""
+
+    op: str
+    case: str
+    implementation: str
+    format: str
+    rows: int
+    group: str = "REAL"
+    config: str | None = None
+
+    @classmethod
+    def of(cls, result: dict[str, Any]) -> KernelCase:
+        """The case that a result is of."""
+        values: dict[str, Any] = {f.name: result.get(f.name) for f in dataclasses.fields(cls)}
+        return cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of a result that say which case it is of."""
+        return dataclasses.asdict(self)
+
+    @property
+    def call(self) -> Call:
+        """What it times."""
+        found = calls(
+            group=self.group,
+            ops=[self.op],
+            formats=[self.format],
+            implementations=lambda name: name == self.implementation,
+        )
+        return next(c for c in found if (c.case, c.shapes.x[0]) == (self.case, self.rows))
+
+    def __str__(self) -> str:
+        by = f"{self.implementation} {self.config}" if self.config else self.implementation
+        return f"{self.op} {self.case} M={self.rows} {self.format} {by}"
 
 
 def _weight(weight_format: str, shape: tuple[int, ...], *, packed: bool) -> Any:

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import jax
 
 from bench import aot
-from bench.kernel_calls import Call, calls
+from bench.kernel_calls import Call, calls, is_hand_kernel
 from bench.static import BANDWIDTH, LAUNCH_SECONDS
 
 # Nominal operations per second on dense bfloat16.
@@ -211,7 +211,7 @@ def _fact(target: str, name: str) -> float:
 
 def entries(target: str, only: str = "") -> Iterator[dict[str, Any]]:
     """The entry of every Mosaic implementation's calls on a target, of those that match `only`."""
-    for call in calls(implementations=lambda name: name.startswith("mosaic")):
+    for call in calls(implementations=is_hand_kernel):
         if re.search(only, f"{call.op} {call.name} {call.format}"):
             yield entry(target, call)
 
