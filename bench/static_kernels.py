@@ -11,7 +11,7 @@ disassembler (``nvidia-cuda-nvdisasm``, in the `test` extra on Linux); without i
 kernel where a warp's work is no loop. Its instructions are divided by the weights that a lane multiplies there. A
 compiler may have unrolled the loop, so these are not read from the source but from the tensor-core instructions: each
 takes a 16 x 16 fragment of weights, eight a lane, and the implementation's `mmas_per_fragment` says how many of them
-take the same one.
+take the same one; of an implementation that does not export it, `instructions_per_weight` is None.
 
 `predicted_us` is a model, not a measurement, and a lower bound: the longest of three times (the bytes at the target's
 bandwidth, the instructions at four a cycle and SM, the products at the nominal rate of the tensor cores) and a launch.
@@ -167,8 +167,12 @@ def entry(target: str, call: Call) -> dict[str, Any]:
             f"{call.op} {call.name} {call.format}: no kernel was compiled, or it is one that was before"
         )
     hot = [m.hot for m in machines if m.hot and m.hot.mmas]
-    shared_by = call.module.mmas_per_fragment(*call.arguments)
-    per_weight = [h.instructions * shared_by / (_WEIGHTS_OF_A_LANE * h.mmas) for h in hot]
+    shared_by = getattr(call.module, "mmas_per_fragment", None)
+    per_weight = [
+        h.instructions * shared_by(*call.arguments) / (_WEIGHTS_OF_A_LANE * h.mmas)
+        for h in hot
+        if shared_by
+    ]
     instructions = max(per_weight, default=None)
     return {
         "op": call.op,
