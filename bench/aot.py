@@ -32,6 +32,7 @@ from pallas_kernels.arrays import FORMATS
 from pallas_kernels.embedding_lookup import cases as embedding_cases
 from pallas_kernels.expert_matmul import cases as expert_cases
 from pallas_kernels.quantized_matmul import cases as matmul_cases
+from pallas_kernels.target import compiling_for
 
 TARGETS_FOLDER = Path(__file__).parent / "gpu_targets"
 TARGETS = ("h200", "h100", "b200", "gb10")
@@ -108,8 +109,18 @@ def compile_for(
     abstract = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed), arguments
     )
-    lowered = jax.jit(function, donate_argnums=donate_argnums).lower(*abstract)
+    with compiling_for(compute_capability(target)):
+        lowered = jax.jit(function, donate_argnums=donate_argnums).lower(*abstract)
     return lowered.compile(compiler_options=compiler_options)
+
+
+def compute_capability(target: str) -> str:
+    """Of `target`, for example "9.0"."""
+    description = (TARGETS_FOLDER / f"{target}.txtpb").read_text()
+    found = re.search(r"cuda_compute_capability \{([^}]*)\}", description)
+    assert found, target
+    numbers = dict(re.findall(r"(major|minor): (\d+)", found[1]))
+    return f"{numbers['major']}.{numbers.get('minor', '0')}"
 
 
 def examine(target: str, function: Callable[..., Any], *arguments: Any) -> Program:

@@ -16,7 +16,7 @@ from bench.plan import DECODE, PREFILL, rate
 from bench.tables import Series, Sweep, name_of, speed_ups
 
 # Text stays text, names of elements do not change from run to run.
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "backend": "svg",
     "svg.hashsalt": "bench.report",
     "svg.fonttype": "none",
@@ -33,12 +33,12 @@ Lines = Sequence[tuple[Series, dict[int, float]]]
 def plots(sweep: Sweep) -> dict[str, bytes]:
     """File name to content, of every plot that there is data for; `file_name` gives the names."""
     out = {}
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         for model in sweep.models:
             for kind, draw in _KINDS.items():
                 figure = draw(sweep, model)
                 if figure is not None:
-                    out[file_name(sweep, model, kind)] = _svg(figure)
+                    out[file_name(sweep, model, kind)] = svg(figure)
     return out
 
 
@@ -47,7 +47,8 @@ def file_name(sweep: Sweep, model: str, kind: str) -> str:
     return re.sub(r"[^\w.-]+", "_", f"{sweep.path.stem}-{model}-{kind}") + ".svg"
 
 
-def _svg(figure: Figure) -> bytes:
+def svg(figure: Figure) -> bytes:
+    """The figure as a file, the same bytes for the same data."""
     content = io.BytesIO()
     figure.savefig(content, format="svg", metadata={"Date": None})
     return content.getvalue()
@@ -79,12 +80,12 @@ def _panels(title: str, panels: Sequence[tuple[str, str, str, Lines]]) -> Figure
     panels = [panel for panel in panels if any(values for _, values in panel[-1])]
     if not panels:
         return None
-    figure, all_axes = _figure(title, len(panels))
+    figure, all_axes = figure_of_panels(title, len(panels))
     for axes, (name, x, y, lines) in zip(all_axes, panels, strict=True):
         _lines(axes, lines)
         axes.set(xlabel=x, ylabel=y, title=name)
         axes.set_ylim(bottom=0)
-        _legend(axes)
+        legend_below(axes)
     return figure
 
 
@@ -119,7 +120,7 @@ def _speed_up(sweep: Sweep, model: str) -> Figure | None:
             panels.append((phase, pairs))
     if not panels:
         return None
-    figure, all_axes = _figure(f"{model}: speed over that of peers, batch 1", len(panels))
+    figure, all_axes = figure_of_panels(f"{model}: speed over that of peers, batch 1", len(panels))
     for axes, (phase, entries) in zip(all_axes, panels, strict=True):
         xs = sorted({x for *_, ratios in entries for x in ratios})
         width = 0.8 / len(entries)
@@ -130,7 +131,7 @@ def _speed_up(sweep: Sweep, model: str) -> Figure | None:
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_xticks(range(len(xs)), [str(x) for x in xs])
         axes.set(xlabel=_X[phase], ylabel="times as fast", title=phase)
-        _legend(axes)
+        legend_below(axes)
     return figure
 
 
@@ -154,22 +155,23 @@ def _memory(sweep: Sweep, model: str) -> Figure | None:
             groups[label] = (r["weight_bytes"] / 1e9, max(peak, r["peak_bytes"] / 1e9))
     if not groups:
         return None
-    figure, [axes] = _figure(f"{model}: memory", 1)
+    figure, [axes] = figure_of_panels(f"{model}: memory", 1)
     positions = range(len(groups))
     axes.bar(positions, [peak for _, peak in groups.values()], 0.6, label="peak of all cases")
     axes.bar(positions, [weights for weights, _ in groups.values()], 0.6, label="weights")
     axes.set_xticks(positions, list(groups), fontsize="small")
     axes.set(ylabel="GB")
-    _legend(axes)
+    legend_below(axes)
     return figure
 
 
-def _legend(axes: Any) -> None:
-    """Below, where it hides nothing."""
-    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15))
+def legend_below(axes: Any, y: float = -0.15) -> None:
+    """Below the axes, `y` heights of theirs from the bottom, where it hides nothing."""
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, y))
 
 
-def _figure(title: str, panels: int) -> tuple[Figure, Iterable[Any]]:
+def figure_of_panels(title: str, panels: int) -> tuple[Figure, Iterable[Any]]:
+    """A figure with axes side by side."""
     figure = Figure(figsize=(6.4 * math.sqrt(panels), 4.8), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(1, panels, squeeze=False)

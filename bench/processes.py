@@ -13,8 +13,6 @@ import traceback
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from bench.plan import Case
-
 _SPAWN = multiprocessing.get_context("spawn")  # a forked JAX hangs
 _MOST_OF_AN_ERROR = 2000  # characters; XLA lists every allocation when memory is short
 _SECONDS_TO_END = 10.0
@@ -23,7 +21,7 @@ _SECONDS_TO_END = 10.0
 class Engine(Protocol):
     """Something that can be measured, with its weights loaded."""
 
-    def measure(self, case: Case) -> dict[str, Any]:
+    def measure(self, case: Any) -> dict[str, Any]:
         """The measurements of one case: "seconds" and what else there is to say.
 
         Raises anything: the case has then failed.
@@ -44,12 +42,13 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end()
+        self.end()
 
-    def measure(self, case: Case) -> dict[str, Any]:
+    def measure(self, case: Any, most_seconds: float | None = None) -> dict[str, Any]:
         """The measurements of one case, or ``{"error": text}``; the next case after a crash gets a new process.
 
-        "load_seconds" is there too if the engine was opened for it.
+        "load_seconds" is there too if the engine was opened for it. What takes longer than `most_seconds` is ended: a
+        kernel that waits for itself never comes back.
         """
         if self._process is None:
             self._connection, theirs = _SPAWN.Pipe()
@@ -58,19 +57,23 @@ class Worker:
             theirs.close()  # or its end would not be noticed here
         try:
             self._connection.send(case)
+            if not self._connection.poll(most_seconds):
+                self.end(at_once=True)
+                return {"error": f"no answer in {most_seconds:.0f} seconds"}
             answer: dict[str, Any] = self._connection.recv()
         except (EOFError, OSError):
             self._process.join(_SECONDS_TO_END)
             code = self._process.exitcode
-            self._end()
+            self.end()
             return {"error": f"the process ended by itself with status {code}"}
         return answer
 
-    def _end(self) -> None:
+    def end(self, *, at_once: bool = False) -> None:
+        """Closes the engine and its process; the next case opens another."""
         if self._process is None:
             return
         self._connection.close()
-        self._process.join(_SECONDS_TO_END)
+        self._process.join(0 if at_once else _SECONDS_TO_END)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()

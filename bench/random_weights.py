@@ -65,6 +65,11 @@ def random_params(config: Gemma4Config, weight_format: str, seed: int = 0) -> Pa
     return jax.tree.unflatten(tree, made)
 
 
+def random_weight(key: jax.Array, shape: tuple[int, ...], weight_format: str) -> Any:
+    """One such matrix ``[..., N, K]`` in a format of `aot.WEIGHT_FORMATS`."""
+    return _dense(key, shape) if weight_format == "bf16" else _quantized(key, shape, weight_format)
+
+
 def abstract_params(config: Gemma4Config, weight_format: str) -> Params:
     """Parameters as `gemma-jax convert --format` would write them for a bfloat16 checkpoint, as shapes alone."""
     leaves = {}

@@ -1,35 +1,54 @@
-"""The JSON file of a sweep: read back to go on, written whole after every case."""
+"""The JSON file of a benchmark: read back to go on, written whole after every case."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from bench.plan import Case
+from typing import Any, Protocol
 
 BENCHMARK = "sweep"
 
 
-class Record:
-    """Results of a sweep and what they were measured on.
+class AnyCase(Protocol):
+    """One thing to measure; hashable."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of a result that say which case it is of."""
+
+
+class Record[C: AnyCase]:
+    """Results of a benchmark and what they were measured on.
 
     ``{"benchmark": "sweep", "settings": {…}, "runs": […], "results": […], "ceilings": {…}}``: `settings` are those
     that every result shares, `runs` the environment and command line of each call that added results. Every result
-    holds the keys of its `bench.plan.Case`, then its measurements or an "error", and the index of its run.
+    holds the keys of its case, then its measurements or an "error", and the index of its run.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        settings: dict[str, Any],
+        case_of: Callable[[dict[str, Any]], C],
+        benchmark: str = BENCHMARK,
+    ) -> None:
         """Opens the file, or starts one that is written with the first result.
 
+        Args:
+          path: of the file.
+          settings: those that every result shares.
+          case_of: the case that a result is of.
+          benchmark: the name of what writes the file.
+
         Raises:
-          ValueError: it is no sweep, or one with other settings.
+          ValueError: it is of another benchmark, or of other settings.
           OSError: it cannot be read.
         """
         self.path = path
+        self._case_of = case_of
         self.content: dict[str, Any] = {
-            "benchmark": BENCHMARK,
+            "benchmark": benchmark,
             "settings": settings,
             "runs": [],
             "results": [],
@@ -37,7 +56,7 @@ class Record:
         }
         self._run: dict[str, Any] | None = None
         if path.exists():
-            self.content = read(path)
+            self.content = read(path, benchmark)
             _check_settings(path, self.content["settings"], settings)
 
     @property
@@ -47,9 +66,9 @@ class Record:
         return results
 
     @property
-    def done(self) -> dict[Case, dict[str, Any]]:
+    def done(self) -> dict[C, dict[str, Any]]:
         """The result of every case that has one."""
-        return {Case.of(result): result for result in self.results}
+        return {self._case_of(result): result for result in self.results}
 
     def forget_failures(self) -> None:
         """Drops the cases that failed, so that they are measured again."""
@@ -76,12 +95,13 @@ class Record:
                 )
         self._run = environment
 
-    def add(self, case: Case, measured: dict[str, Any]) -> None:
+    def add(self, case: C, measured: dict[str, Any]) -> None:
         """Adds a result and writes the file; "peer", what an engine says of itself, goes into the run."""
         index = self._run_index()
+        keys = case.to_json()
         if peer := measured.pop("peer", None):
-            self.content["runs"][index].setdefault("peers", {})[case.engine] = peer
-        self.results.append(case.to_json() | measured | {"run": index})
+            self.content["runs"][index].setdefault("peers", {})[keys["engine"]] = peer
+        self.results.append(keys | measured | {"run": index})
         self._write()
 
     def add_ceiling(self, name: str, measured: dict[str, Any]) -> None:
@@ -106,8 +126,8 @@ class Record:
             partial.unlink(missing_ok=True)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The content of a sweep's file.
+def read(path: Path, benchmark: str = BENCHMARK) -> dict[str, Any]:
+    """The content of a benchmark's file.
 
     Raises:
       ValueError: it is not one.
@@ -118,13 +138,13 @@ def read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     found = content.get("benchmark") if isinstance(content, dict) else None
-    if found != BENCHMARK:
-        raise ValueError(f"{path} is not the file of a sweep: its benchmark is {found!r}")
+    if found != benchmark:
+        raise ValueError(f"{path} is not a file of bench.{benchmark}: its benchmark is {found!r}")
     missing = {"settings", "runs", "results", "ceilings"} - content.keys()
     if missing:
         raise ValueError(f"{path} has no {', '.join(sorted(missing))}")
-    sweep: dict[str, Any] = content
-    return sweep
+    whole: dict[str, Any] = content
+    return whole
 
 
 def _check_settings(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -2,9 +2,9 @@
 
     python -m bench.report FILE… [--out FOLDER]
 
-FILEs are of `bench.sweep` and of `bench.static`; FOLDER gets ``report.md`` and its plots as SVG. Equal files give equal
-bytes. What was predicted stands in a section of its own and is never mixed with what was measured. Needs matplotlib
-(`pip install gemma-jax[bench]`).
+FILEs are of `bench.sweep`, `bench.kernels` and `bench.static`; FOLDER gets ``report.md`` and its plots as SVG. Equal
+files give equal bytes. What was predicted stands in a section of its own and is never mixed with what was measured.
+Needs matplotlib (`pip install gemma-jax[bench]`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import predictions, record
+from bench import kernel_tables, predictions, record
 from bench.gaps import gaps
 from bench.plan import DECODE, FIRST_TOKEN, PREFILL
 from bench.plots import file_name, plots
@@ -42,10 +42,10 @@ def report(paths: Sequence[Path]) -> dict[str, bytes]:
     """The files of a report, by name.
 
     Raises:
-      ValueError: a file is neither a sweep's nor of compiled programs, or two have the same name.
+      ValueError: a file is of none of these benchmarks, or two have the same name.
       OSError: a file cannot be read.
     """
-    sweeps, statics = _read(paths)
+    sweeps, timings, statics = _read(paths)
     names = ", ".join(f"`{path.name}`" for path in paths)
     lines = [
         "# Speed",
@@ -58,14 +58,20 @@ def report(paths: Sequence[Path]) -> dict[str, bytes]:
         drawn = plots(sweep)
         files |= drawn
         lines += _sweep_section(sweep, drawn)
+    for timing in timings:
+        drawn = kernel_tables.plots(timing)
+        files |= drawn
+        lines += _kernels_section(timing, drawn)
     if statics:
         lines += predictions.section(statics, sweeps)
     files[REPORT] = "\n".join(lines).rstrip("\n").encode() + b"\n"
     return files
 
 
-def _read(paths: Sequence[Path]) -> tuple[list[Sweep], list[tuple[str, dict[str, Any]]]]:
-    sweeps, statics = [], []
+def _read(
+    paths: Sequence[Path],
+) -> tuple[list[Sweep], list[kernel_tables.Timings], list[tuple[str, dict[str, Any]]]]:
+    sweeps, timings, statics = [], [], []
     for path in paths:
         if [other.stem for other in paths].count(path.stem) > 1:
             raise ValueError(f"{path}: another file has the same name")
@@ -75,9 +81,11 @@ def _read(paths: Sequence[Path]) -> tuple[list[Sweep], list[tuple[str, dict[str,
             raise ValueError(f"{path} is not valid JSON: {error}") from None
         if isinstance(content, dict) and content.keys() >= _STATIC_KEYS:
             statics.append((path.name, content))
+        elif isinstance(content, dict) and content.get("benchmark") == "kernels":
+            timings.append(kernel_tables.Timings(path, record.read(path, "kernels")))
         else:
             sweeps.append(Sweep(path, record.read(path)))
-    return sweeps, statics
+    return sweeps, timings, statics
 
 
 def _sweep_section(sweep: Sweep, drawn: dict[str, bytes]) -> list[str]:
@@ -103,6 +111,19 @@ def _sweep_section(sweep: Sweep, drawn: dict[str, bytes]) -> list[str]:
     lines += ["### Known gaps", ""]
     lines += [f"- {gap}" for gap in found] or ["None that the data shows."]
     return [*lines, ""]
+
+
+def _kernels_section(timings: kernel_tables.Timings, drawn: dict[str, bytes]) -> list[str]:
+    where = timings.device or "nothing yet"
+    sweep = Sweep(timings.path, timings.content)
+    return [
+        f"## Kernels on {where} (`{timings.path.name}`)",
+        "",
+        *_machines(sweep),
+        *kernel_tables.method(timings),
+        *_ceilings(sweep),
+        *kernel_tables.section(timings, drawn),
+    ]
 
 
 def _machines(sweep: Sweep) -> list[str]:
@@ -192,7 +213,9 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("file", nargs="+", type=Path, help="of bench.sweep or bench.static")
+    parser.add_argument(
+        "file", nargs="+", type=Path, help="of bench.sweep, bench.kernels or bench.static"
+    )
     parser.add_argument("--out", type=Path, default=Path("report"), metavar="FOLDER")
     options = parser.parse_args(argv)
     try:

@@ -155,7 +155,7 @@ def _memory(program: jax.stages.Compiled) -> Any:
 def new_entries(
     options: argparse.Namespace, target: str, content: dict[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("decode" or "prefill", entry) of what `content` has not got yet for one target, printed as they come."""
+    """(kind of entry, entry) of what `content` has not got yet for one target, printed as they come."""
     for name, weight_format, implementation in itertools.product(
         options.model, options.format, IMPLEMENTATIONS
     ):
@@ -177,6 +177,11 @@ def new_entries(
             entry = what | prefill_entry(*arguments)
             print(_prefill_line(entry), file=sys.stderr, flush=True)
             yield "prefill", entry
+    if not options.no_kernels:
+        from bench import static_kernels  # which imports this module
+
+        for entry in static_kernels.entries(target, without=content["kernels"]):
+            yield "kernels", entry
 
 
 def _has(entries: list[dict[str, Any]], what: dict[str, Any]) -> bool:
@@ -239,6 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", nargs="*", type=int, default=[1], help="none: prefill only")
     parser.add_argument("--layers", type=int, help="only the first layers, for a quick look")
     parser.add_argument("--no-prefill", action="store_true", help="decode only")
+    parser.add_argument("--no-kernels", action="store_true", help="leave out the hand kernels")
     options = parser.parse_args(argv)
     if len(options.target) > 1:
         command = [sys.executable, "-m", "bench.static", *(sys.argv[1:] if argv is None else argv)]

@@ -75,7 +75,11 @@ class Budget:
 
 
 def run(
-    record: Record, cases: Iterable[Case], budget: Budget, options: argparse.Namespace, on_gpu: bool
+    record: Record[Case],
+    cases: Iterable[Case],
+    budget: Budget,
+    options: argparse.Namespace,
+    on_gpu: bool,
 ) -> bool:
     """Measures the cases, group by group; says whether all were, or the time was up."""
     cases = list(cases)
@@ -114,7 +118,7 @@ def line(result: dict[str, Any]) -> str:
     return f"{case}: {plan.rate(result):.1f} tokens/s"
 
 
-def measure_ceilings(record: Record, samples: int) -> None:
+def measure_ceilings(record: Record[Any], samples: int) -> None:
     """Adds the device's ceilings, unless they are there; a failure is recorded in their place."""
     names = ("copy_bytes_per_second", "gemm_flops_per_second")
     if all(name in record.content["ceilings"] for name in names):
@@ -132,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     begin = time.monotonic()
     try:
         options = _options(argv)
-        record = Record(options.json, _settings(options))
+        record = Record(options.json, _settings(options), Case.of)
         if options.retry_failed:
             record.forget_failures()
         cases = plan.plan(_lists(options))

@@ -49,6 +49,13 @@ class Config:
     ctas: int = 132
     units: int = 1
 
+    def __post_init__(self) -> None:
+        if self.warpgroups > 8 or 4 * self.warpgroups % self.tiles:
+            raise ValueError(
+                f"tiles = {self.tiles}, warpgroups = {self.warpgroups}: expected at most 8 warpgroups, and tiles that "
+                "divide their warps"
+            )
+
     def turns(self, tiles: int, chunks: int) -> int:
         """How often the busiest warp waits for memory in a product of so many row tiles and chunks."""
         groups = -(-tiles // self.tiles)

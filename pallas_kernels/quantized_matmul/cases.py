@@ -36,4 +36,4 @@ REAL: dict[str, Case] = {
     "e4b_head": Case(262144, 2560),
 }
 
-ROWS = (1, 8, 512)
+ROWS = (1, 8, 16, 512)

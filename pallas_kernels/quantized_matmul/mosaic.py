@@ -42,6 +42,18 @@ def default_config(x: jax.Array, w: Weight, dequantize_rows: int = DEQUANTIZE_RO
     return mosaic_dense.default_config(x, w)
 
 
+def configs(x: jax.Array, w: Weight) -> list[Config]:
+    """What is worth measuring of the kernel that `default_config` chooses."""
+    module = _MODULES[type(default_config(x, w))]
+    return list(module.configs(x, w)) if module is mosaic_decode else [default_config(x, w)]
+
+
+def mmas_per_fragment(x: jax.Array, w: Weight) -> int:
+    """Tensor-core instructions of the chosen kernel for each 16 x 16 weights."""
+    few = math.prod(x.shape[:-1]) <= MAX_ROWS
+    return mosaic_decode.mmas_per_fragment(x, w) if few else 1
+
+
 def quantized_matmul(x: jax.Array, w: Weight, config: Config | None = None) -> jax.Array:
     """float32 ``[..., N] = x [..., K] @ w [N, K].T``."""
     config = config or default_config(x, w)

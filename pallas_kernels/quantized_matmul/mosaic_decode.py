@@ -12,9 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.decode_matmul import Config, Product, multiply
+from pallas_kernels import decode_matmul, tuning
+from pallas_kernels.decode_matmul import Product, multiply
 from pallas_kernels.fragments import MAX_ROWS, Units, units, why_no_units
 from pallas_kernels.packed import ROWS, Weight
+
+
+class Config(decode_matmul.Config):
+    """That of the kernel; a type of its own, because what is measured of this op holds for no other."""
 
 
 def why_not(x: jax.Array, w: Weight) -> str | None:
@@ -28,11 +33,31 @@ def why_not(x: jax.Array, w: Weight) -> str | None:
 
 
 def default_config(x: jax.Array, w: Weight) -> Config:
-    """The number of tiles that lets the busiest warp have the fewest units."""
-    del x
+    """What was measured to be best on this GPU, else the tiles that let the busiest warp have the fewest units."""
+    if (config := tuning.tuned(Config, x, w)) is not None:
+        return config
     n, k = w.shape
     configs = (Config(tiles=tiles) for tiles in (1, 2, 4, 8, 16))
     return min(configs, key=lambda c: c.turns(n // ROWS, k // units(w).chunk))
+
+
+def configs(x: jax.Array, w: Weight) -> list[Config]:
+    """What is worth measuring: tiles, and the same warps in CTAs of half the size."""
+    del x, w
+    spread = ((4, 132), (2, 264))
+    tiles = (1, 2, 4, 8, 16)
+    return [
+        Config(tiles=t, warpgroups=wgs, ctas=ctas)
+        for wgs, ctas in spread
+        for t in tiles
+        if 4 * wgs % t == 0
+    ]
+
+
+def mmas_per_fragment(x: jax.Array, w: Weight) -> int:
+    """Tensor-core instructions for each 16 x 16 weights: one a tile of columns, and as many of a constant operand."""
+    column_tiles = -(-math.prod(x.shape[:-1]) // 8)
+    return column_tiles * (2 if units(w).constants else 1)
 
 
 def quantized_matmul(x: jax.Array, w: Weight, config: Config | None = None) -> jax.Array:

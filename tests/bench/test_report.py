@@ -338,7 +338,7 @@ def test_predictions_alone_say_that_no_card_has_checked_them(tmp_path: Path) -> 
     ("text", "message"),
     [
         ("{", "not valid JSON"),
-        ("[]", "not the file of a sweep"),
+        ("[]", "not a file of bench.sweep"),
         ('{"benchmark": "bundled"}', "its benchmark is 'bundled'"),
         ('{"benchmark": "sweep", "runs": []}', "has no ceilings, results, settings"),
         ('{"decode": [{}], "prefill": [], "kernels": []}', "has no 'model'"),

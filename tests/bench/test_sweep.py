@@ -196,7 +196,7 @@ def test_a_failing_peer_is_no_failure_of_ours(tmp_path: Path, toy: Any) -> None:
         ({"settings": {"samples": 7}}, "was measured with samples = 7, not 3"),
         ({"device": "NVIDIA Other"}, "was measured on NVIDIA Other, this is NVIDIA Toy"),
         ({"commit": "def"}, "was measured at commit def, this is abc"),
-        ({"benchmark": "bundled"}, "is not the file of a sweep: its benchmark is 'bundled'"),
+        ({"benchmark": "bundled"}, "is not a file of bench.sweep: its benchmark is 'bundled'"),
     ],
 )
 def test_a_file_of_something_else_is_refused_and_left_alone(
@@ -364,6 +364,18 @@ def test_a_worker_keeps_its_engine_and_outlives_errors_and_crashes(tmp_path: Pat
     # The process that died could not close its engine; the other one did.
     lines = log.read_text().splitlines()
     assert [line for line in lines if line in ("open", "close")] == ["open", "open", "close"]
+
+
+def test_a_case_that_takes_too_long_is_ended_and_the_next_goes_on(tmp_path: Path) -> None:
+    hanging, good = (
+        Case(OURS, "toy", "q4k", "xla", DECODE, batch, None, 8, 4) for batch in (ToyEngine.HANGS, 1)
+    )
+    with Worker(ToyEngine, tmp_path / "log") as worker:
+        worker.measure(good)
+        begin = time.monotonic()
+        assert worker.measure(hanging, 1.0) == {"error": "no answer in 1 seconds"}
+        assert time.monotonic() - begin < 30
+        assert "error" not in worker.measure(good, 60.0)
 
 
 def test_an_engine_that_does_not_start_fails_every_case_but_is_tried_once(tmp_path: Path) -> None:

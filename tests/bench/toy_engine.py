@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from bench.plan import Case
 class ToyEngine:
     """Takes a thousandth of a second per position; batches say what goes wrong."""
 
-    FAILS, DIES = 3, 4
+    FAILS, DIES, HANGS = 3, 4, 7
 
     def __init__(self, log: Path) -> None:
         self.log = log
@@ -29,6 +30,8 @@ class ToyEngine:
             raise MemoryError(f"{case.size} positions do not fit")
         if case.batch == self.DIES:
             os._exit(9)
+        if case.batch == self.HANGS:
+            time.sleep(600)
         return measured(case)
 
     def _note(self, text: str) -> None:
