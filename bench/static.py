@@ -9,7 +9,9 @@ prefill's loops over key blocks, whose trip counts are known at run time only, a
 
 FILE is written after every entry and completed where it ended, if the commit and the versions are the same.
 
-`predicted_us` is a model of bytes, instructions and launches, `bench.prediction_model`; no card has checked it.
+`predicted_us` is a model of bytes, instructions and launches, `bench.prediction_model`; no card has checked it. Of hand
+kernels (implementation "mosaic", packed weights) it has bytes and launches only: their instructions are in the entries
+under "kernels", from `bench.static_kernels`.
 """
 
 from __future__ import annotations
@@ -41,10 +43,12 @@ from gemma_jax.cache import KVCache, init_cache
 from gemma_jax.config import Gemma4Config
 from gemma_jax.generation import PREFILL_CHUNK, decode_step, prefill
 from gemma_jax.model import Gemma4, Params
+from gemma_jax.parameters import pack_params
+from pallas_kernels.packed import PackedArray
 
 MODELS = ("e2b", "e4b", "26b_a4b", "31b")
 WEIGHT_FORMATS = ("bf16", "eq8_0", "q4k")
-IMPLEMENTATIONS = ("xla",)
+IMPLEMENTATIONS = ("xla", "mosaic")
 DEPTH = 512  # positions in the cache: its capacity, all filled
 
 
@@ -64,12 +68,29 @@ def decode_loop(
     return token, cache
 
 
+def _served(config: Gemma4Config, weight_format: str, implementation: str) -> tuple[Gemma4, Params]:
+    """The decoder, and its parameters as that implementation wants them: hand kernels in fragment order."""
+    params = abstract_params(config, weight_format)
+    if implementation == "xla":
+        return Gemma4(config, jnp.bfloat16, implementation), params
+    return Gemma4(config, jnp.bfloat16, (implementation, "xla")), jax.eval_shape(
+        pack_params, params
+    )
+
+
+def _left_alone(config: Gemma4Config, params: Params, batch: int) -> int:
+    """Bytes of experts that no row chooses: operands of hand kernels, which do not read them."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, PackedArray))
+    experts = sum(x.nbytes for x in leaves if isinstance(x, PackedArray) and x.ndim == 3)
+    chosen = min(batch * config.num_experts_per_token, config.num_experts)
+    return experts * (config.num_experts - chosen) // max(config.num_experts, 1)
+
+
 def decode_entry(
     config: Gemma4Config, weight_format: str, implementation: str, target: str, batch: int
 ) -> dict[str, Any]:
     """Compiles the decode loop and accounts for one turn of it; bytes are per token of one row."""
-    model = Gemma4(config, jnp.bfloat16, implementation)
-    params = abstract_params(config, weight_format)
+    model, params = _served(config, weight_format, implementation)
     cache = jax.eval_shape(lambda: init_cache(config, batch, DEPTH))
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +110,7 @@ def decode_entry(
     [(body, _)] = hlo.while_bodies(module, entry)
     kernels = list(hlo.kernels(module, body))
     layer_bytes = {math.prod(x.shape) * x.dtype.itemsize for kv in cache.layers for x in kv}
-    moved = sum(k.bytes for k in kernels)
+    moved = sum(k.bytes for k in kernels) - _left_alone(config, params, batch)
     issued = sum(launches[k.name].instructions for k in kernels if k.name in launches)
     prediction = predict(kernels, launches, target)
     return {
@@ -98,7 +119,10 @@ def decode_entry(
         "kernels": len(kernels),
         "kernels_per_layer": len(kernels) / config.num_layers,
         "bytes_per_token": moved / batch,
-        "bytes_min": decode_bytes_min(config, params, batch, depth=DEPTH) / batch,
+        "bytes_min": decode_bytes_min(
+            config, abstract_params(config, weight_format), batch, depth=DEPTH
+        )
+        / batch,
         "temp_bytes": _memory(program).temp_size_in_bytes,
         "cache_copies": sum(
             k.op.startswith("copy") and hlo.size(k.shape) in layer_bytes for k in kernels
@@ -115,8 +139,7 @@ def prefill_entry(
     config: Gemma4Config, weight_format: str, implementation: str, target: str
 ) -> dict[str, Any]:
     """Compiles the prefill of one chunk of one row."""
-    model = Gemma4(config, jnp.bfloat16, implementation)
-    params = abstract_params(config, weight_format)
+    model, params = _served(config, weight_format, implementation)
     cache = jax.eval_shape(lambda: init_cache(config, 1, PREFILL_CHUNK))
     arguments = (
         params,
@@ -129,8 +152,10 @@ def prefill_entry(
         target, lambda *args: prefill(*args, model=model), *arguments, donate_argnums=(3,)
     )
     seconds = time.perf_counter() - begin
-    # XLA does not analyse the cost of programs for absent GPUs; it does for what they are compiled from.
-    cost: Any = prefill.lower(*arguments, model=model).cost_analysis()
+    # XLA does not analyse the cost of programs for absent GPUs; it does for what they are compiled from, and of hand
+    # kernels for what they stand for.
+    model, params = _served(config, weight_format, "xla")
+    cost: Any = prefill.lower(params, *arguments[1:], model=model).cost_analysis()
     return {
         "batch": 1,
         "tokens": PREFILL_CHUNK,
@@ -157,7 +182,7 @@ def new_entries(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(kind of entry, entry) of what `content` has not got yet for one target, printed as they come."""
     for name, weight_format, implementation in itertools.product(
-        options.model, options.format, IMPLEMENTATIONS
+        options.model, options.format, options.implementation
     ):
         config = published(name, options.layers)
         what: dict[str, Any] = {
@@ -243,6 +268,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--target", nargs="+", choices=aot.TARGETS, default=aot.TARGETS)
     parser.add_argument("--batch", nargs="*", type=int, default=[1], help="none: prefill only")
     parser.add_argument("--layers", type=int, help="only the first layers, for a quick look")
+    parser.add_argument(
+        "--implementation", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS
+    )
     parser.add_argument("--no-prefill", action="store_true", help="decode only")
     parser.add_argument("--no-kernels", action="store_true", help="leave out the hand kernels")
     options = parser.parse_args(argv)

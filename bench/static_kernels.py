@@ -36,14 +36,13 @@ import jax
 
 from bench import aot
 from bench.kernel_calls import Call, calls, is_hand_kernel
-from bench.static import BANDWIDTH, LAUNCH_SECONDS
+from bench.prediction_model import LAUNCH_SECONDS, device
 
 # Nominal operations per second on dense bfloat16.
 TENSOR_FLOPS = {"h200": 989e12, "h100": 989e12, "b200": 2250e12, "gb10": 125e12}
 _LANES = 32
 # In an A fragment of mma.m16n8k16; wgmma's 64 rows are four of them, one for each warp.
 _WEIGHTS_OF_A_LANE = 16 * 16 // _LANES
-_ISSUED_PER_CYCLE = 4  # warp instructions of an SM
 
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*)")
 _LABEL = re.compile(r"\s*(\.L_x_\d+):")
@@ -195,22 +194,13 @@ def predicted_us(target: str, call: Call, instructions_per_weight: float | None)
     """The lower bound that the module's docstring describes; None without instructions."""
     if instructions_per_weight is None:
         return None
-    issued = instructions_per_weight * call.weights_read / _LANES
+    gpu = device(target)
     seconds = max(
-        call.bytes_moved / BANDWIDTH[target],
-        issued
-        / (_ISSUED_PER_CYCLE * _fact(target, "core_count") * 1e9 * _fact(target, "clock_rate_ghz")),
+        call.bytes_moved / gpu.bandwidth,
+        instructions_per_weight * call.weights_read / (_LANES * gpu.sms * gpu.issue_rate),
         call.flops / TENSOR_FLOPS[target],
     )
     return 1e6 * (seconds + LAUNCH_SECONDS)
-
-
-def _fact(target: str, name: str) -> float:
-    text = (aot.TARGETS_FOLDER / f"{target}.txtpb").read_text()
-    found = re.search(rf"^\s*{name}: ([\d.]+)", text, re.MULTILINE)
-    if not found:
-        raise ValueError(f"{target}.txtpb does not say {name}")
-    return float(found[1])
 
 
 def entries(

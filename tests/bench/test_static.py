@@ -32,6 +32,7 @@ def test_decode_copies_no_cache_and_materialises_no_weight(
     file = tmp_path / "static.json"
     command = [sys.executable, "-m", "bench.static", "--target", "h200", "--layers", "8"]
     command += ["--model", model, "--format", weight_format, "--no-prefill", "--no-kernels"]
+    command += ["--implementation", "xla"]
     command += ["--json", str(file)]
     subprocess.run(command, check=True)
     [entry] = json.loads(file.read_text())["decode"]
@@ -67,6 +68,7 @@ def test_a_file_is_completed_where_it_ended_and_not_if_it_is_of_another_commit(
     monkeypatch.setattr(static, "_decode_line", str)
     file = tmp_path / "static.json"
     command = ["--json", str(file), "--target", "h200", "--model", "e2b", "--no-prefill"]
+    command += ["--no-kernels", "--implementation", "xla"]
     with pytest.raises(KeyboardInterrupt):
         static.main(command)
     assert static.main(command) == 0
@@ -88,7 +90,7 @@ def test_prefill_dequantizes_one_layer_at_a_time(tmp_path: Path) -> None:
         file = tmp_path / f"{layers}.json"
         command = [sys.executable, "-m", "bench.static", "--target", "h200", "--json", str(file)]
         command += ["--model", "e4b", "--format", "eq8_0", "--layers", str(layers), "--batch"]
-        command += ["--no-kernels"]
+        command += ["--no-kernels", "--implementation", "xla"]
         subprocess.run(command, check=True)
         [entry] = json.loads(file.read_text())["prefill"]
         assert 1 <= entry["flops"] / entry["flops_min"] < 1.1
