@@ -15,7 +15,7 @@ be spilled.
 
 Values: weights are rounded to bfloat16 once, exactly as ``w.dequantize(jnp.bfloat16)`` rounds them; sums are float32.
 
-Shared memory: stages x block_m x 128 bytes, 192 KB at most by default. Registers: 248 to 253 of 255 a thread at block_m
+Shared memory: stages x block_m x 128 bytes, 192 KB at most by default. Registers: 246 to 253 of 255 a thread at block_m
 = 256 (128 of them sums, 32 fragments, 24 to 40 a unit), one CTA an SM. Bytes moved: w once per block of x, after the
 first from L2; x once per 128 rows of w. Bound: the tensor cores at block_m = 256, where a step takes them 1024 cycles
 and a scheduler 300 to 400 issue slots to dequantize; with few rows these slots, about 11 bytes of Q4K a cycle and SM.
@@ -58,6 +58,12 @@ class Config:
     block_m: int = 256
     splits: int = 1
     stages: int = 6
+
+    def __post_init__(self) -> None:
+        if self.block_m % 8 or not 0 < self.block_m <= 256 or self.splits < 1 or self.stages < 3:
+            raise ValueError(
+                f"{self}: block_m must be a multiple of 8 up to 256, splits at least 1, stages at least 3"
+            )
 
 
 def why_not(x: jax.Array, w: Weight) -> str | None:

@@ -126,6 +126,12 @@ def test_refusals_name_their_reason() -> None:
         assert "only packed arrays" in mosaic_prefill.why_not(x, plain)
 
 
+def test_errors_name_the_setting() -> None:
+    for wrong in ({"block_m": 264}, {"block_m": 20}, {"splits": 0}, {"stages": 2}):
+        with pytest.raises(ValueError, match=r"block_m must be .* stages at least 3"):
+            Config(**wrong)
+
+
 @pytest.mark.parametrize("case", REAL)
 @pytest.mark.parametrize("rows", [17, 100, 512, 2047])
 def test_default_configs_fit_shared_memory(case: str, rows: int) -> None:
