@@ -27,7 +27,8 @@ def expert_down(
         w: ``[E, N, F]``, a quantized array or a plain floating-point one.
         expert_ids: integers ``[T, J]``; those outside 0..E-1 are clipped to it.
         weights: float32 ``[T, J]``.
-        implementation: a name in ``IMPLEMENTATIONS``; None takes the first that can serve the call.
+        implementation: a name in ``IMPLEMENTATIONS``, or several in order of preference; None takes the first of
+            the table that can serve the call.
 
     Returns:
         float32 ``[T, N]``, sums carried in float32, in an order that depends on shapes alone.

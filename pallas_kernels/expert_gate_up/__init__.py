@@ -29,7 +29,8 @@ def expert_gate_up(
         w: ``[E, 2 F, K]``, a quantized array or a plain floating-point one.
         expert_ids: integers ``[T, J]``; those outside 0..E-1 are clipped to it.
         scale: float32 ``[T]``, what a norm of x left for after the product.
-        implementation: a name in ``IMPLEMENTATIONS``; None takes the first that can serve the call.
+        implementation: a name in ``IMPLEMENTATIONS``, or several in order of preference; None takes the first of
+            the table that can serve the call.
 
     Returns:
         ``[T, J, F]`` in the type of x; sums, scale and GELU are float32.

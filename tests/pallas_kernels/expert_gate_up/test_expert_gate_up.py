@@ -64,7 +64,8 @@ def test_equals_its_definition(
 @pytest.mark.parametrize(
     ("weight_format", "case", "tokens", "config"),
     [
-        ("q4k", "small_256", 2, Config(tiles=2, warpgroups=2, ctas=2)),
+        ("q4k", "small_256", 2, None),
+        ("q4k", "small_256", 3, Config(tiles=2, warpgroups=2, ctas=2)),
         ("q4k", "small_192", 2, Config(tiles=4, warpgroups=1, ctas=1, units=2)),
         ("eq8_0", "small_192", 2, Config(tiles=2, warpgroups=1, ctas=2)),
         ("bf16", "small_192", 2, Config(tiles=2, warpgroups=1, ctas=2)),

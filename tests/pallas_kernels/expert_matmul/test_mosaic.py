@@ -22,7 +22,8 @@ IDS = {
 @pytest.mark.parametrize(
     ("weight_format", "ids", "experts", "n", "k", "config"),
     [
-        ("q4k", "few", 6, 48, 256, Config(tiles=1, warpgroups=1, ctas=2)),
+        ("q4k", "few", 6, 48, 256, None),
+        ("eq8_0", "few", 6, 48, 256, Config(tiles=1, warpgroups=1, ctas=2)),
         ("eq8_0", "few", 6, 32, 192, Config(tiles=2, warpgroups=2, ctas=1, units=2)),
         ("bf16", "few", 6, 32, 704, Config(tiles=4, warpgroups=1, ctas=2)),
         ("q6k", "few", 6, 16, 256, Config(tiles=1, warpgroups=1, ctas=2)),
