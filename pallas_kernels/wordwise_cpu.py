@@ -32,12 +32,17 @@ def _terms(x: jax.Array, w: QuantizedArray) -> jax.Array:
 
 
 def _q4k_terms(x: jax.Array, w: Q4K) -> jax.Array:
-    """Per block: scale * sum(q * x) - minimum * sum(x)."""
+    """Per block: scale * sum(q * x) - minimum * sum(x).
+
+    Codes are masked where they lie in their words, q * 16**i, and multiply x * 16**-i: powers of two, so exact, and a
+    shift less for each code. The last of a word would be negative, and is shifted.
+    """
     scale, minimum = _q4k_scales(w)
-    places, sum_x = _by_place(x, BLOCK)
+    weights = [16.0**-i for i in range(7)] + [1.0]
+    places, sum_x = _by_place(x, BLOCK, weights * (BLOCK // 8))
     codes = w.codes.reshape(*scale.shape, BLOCK // 8)
     fields = [
-        ((codes[..., word] >> (4 * i)) & 15).astype(jnp.int32)
+        (codes[..., word] & (15 << 4 * i) if i < 7 else codes[..., word] >> 28).astype(jnp.int32)
         for word in range(BLOCK // 8)
         for i in range(8)
     ]
@@ -68,10 +73,13 @@ def _q6k_terms(x: jax.Array, w: Q6K) -> jax.Array:
     return scale * (_dot(fields, places) - 32 * sum_x)
 
 
-def _by_place(x: jax.Array, size: int) -> tuple[list[jax.Array], jax.Array]:
-    """Element i of every block of `size`, side by side, for each i; and the sums of the blocks."""
+def _by_place(
+    x: jax.Array, size: int, weights: Sequence[float] = (1.0,)
+) -> tuple[list[jax.Array], jax.Array]:
+    """Element i of every block of `size` times weight i, side by side, for each i; and the sums of the blocks."""
     by_place = x.reshape(-1, size).T
-    by_place = jnp.concatenate([by_place, jnp.sum(by_place, axis=0, keepdims=True)])
+    total = jnp.sum(by_place, axis=0, keepdims=True)
+    by_place = jnp.concatenate([by_place * jnp.asarray(weights)[:, None], total])
     # Computed once and not again for each row; flat, so that XLA cannot leave them in x's order.
     by_place = jax.lax.optimization_barrier(by_place.reshape(-1)).reshape(size + 1, -1)
     return list(by_place[:size]), by_place[size]
