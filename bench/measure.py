@@ -23,7 +23,9 @@ from gemma_jax.checkpoints import resolve
 from gemma_jax.config import Gemma4Config
 from gemma_jax.generation import DecodeState, FinishReason, continue_generation, prefill, start
 from gemma_jax.model import Gemma4, Params
+from gemma_jax.parameters import pack_params
 from gemma_jax.sampling import Sampling, TokenCounts, stack_sampling
+from pallas_kernels.dispatch import Implementation
 
 
 def load_weights(model: str, weight_format: str) -> tuple[Gemma4Config, Params]:
@@ -56,7 +58,10 @@ class GemmaJax:
     def __init__(self, model: str, weight_format: str, samples: int) -> None:
         jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured too
         self.samples = samples
-        self.config, self.params = load_weights(model, weight_format)
+        self._source = (model, weight_format)
+        self.config, self.params = load_weights(*self._source)
+        self._stored: Params = jax.eval_shape(lambda params: params, self.params)
+        self._is_packed = False
         self.dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
     def close(self) -> None:
@@ -69,8 +74,7 @@ class GemmaJax:
           jax.errors.JaxRuntimeError: out of memory, most likely.
           ValueError: more positions than the model has, or kernels that cannot serve it.
         """
-        name = None if case.implementation == "auto" else case.implementation
-        model = Gemma4(self.config, self.dtype, name)
+        model = self._served(case.implementation)
         memory = PeakMemory()
         prepare = {DECODE: self._decode, PREFILL: self._prefill}.get(case.phase, self._first_token)
         prepared = prepare(case, model)
@@ -88,6 +92,18 @@ class GemmaJax:
             "activations": jnp.dtype(self.dtype).name,
         } | self._least(case)
 
+    def _served(self, implementation: str | None) -> Gemma4:
+        """The decoder for an implementation, its weights in the order that it wants; of them there is never a copy."""
+        wants_packed = implementation == "mosaic"
+        if wants_packed and not self._is_packed:
+            self.params = pack_params(self.params)
+        elif self._is_packed and not wants_packed:
+            self.params = {}
+            _, self.params = load_weights(*self._source)
+        self._is_packed = wants_packed
+        names: Implementation = None if implementation == "auto" else implementation
+        return Gemma4(self.config, self.dtype, ("mosaic", "xla") if wants_packed else names)
+
     def _least(self, case: Case) -> dict[str, Any]:
         """What no engine can do without: bytes per token of decode, in the middle of it; operations of a prompt."""
         if case.phase != DECODE:
@@ -97,7 +113,7 @@ class GemmaJax:
         assert case.new_tokens is not None
         step = decode_bytes_min(
             self.config,
-            self.params,
+            self._stored,
             case.batch,
             depth=case.depth + case.new_tokens // 2,
             itemsize=jnp.dtype(self.dtype).itemsize,

@@ -308,6 +308,7 @@ import os, sys, time
 import toy_engine
 from bench import sweep
 from bench.plan import Case
+from pallas_kernels import PackedArray
 
 class Slow:
     def __init__(self, *_): pass
@@ -430,6 +431,21 @@ def test_our_engine_measures_every_phase_and_what_it_could_not_do_without(
     assert prefill["flops_min"] == first["flops_min"] == prefill_flops_min(engine.config, 20)
     least = decode_bytes_min(engine.config, engine.params, 2, depth=23, itemsize=4) / 2
     assert decode["bytes_min"] == least
+
+
+def test_hand_kernels_get_packed_weights_and_xla_gets_them_back(engine: GemmaJax) -> None:
+    small = GemmaJax("tiny-dense", "eq8_0", 1)
+    before = jax.tree.structure(small.params)
+    assert small._served("xla").implementation == "xla"
+    assert small._served("mosaic").implementation == ("mosaic", "xla")
+    is_packed = [isinstance(x, PackedArray) for x in jax.tree.leaves(small.params, is_leaf=_whole)]
+    assert any(is_packed)
+    assert small._served("auto").implementation is None
+    assert jax.tree.structure(small.params) == before
+
+
+def _whole(x: object) -> bool:
+    return isinstance(x, PackedArray)
 
 
 @pytest.mark.parametrize(
