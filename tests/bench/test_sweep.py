@@ -26,6 +26,7 @@ from bench.least_work import decode_bytes_min, prefill_flops_min
 from bench.measure import GemmaJax, PeakMemory
 from bench.plan import DECODE, FIRST_TOKEN, LLAMA_CPP, OPENAI, OURS, PREFILL, TRANSFORMERS, Case
 from bench.processes import Worker, in_own_process
+from pallas_kernels import PackedArray
 
 ROOT = Path(__file__).parents[2]
 
@@ -308,7 +309,6 @@ import os, sys, time
 import toy_engine
 from bench import sweep
 from bench.plan import Case
-from pallas_kernels import PackedArray
 
 class Slow:
     def __init__(self, *_): pass
