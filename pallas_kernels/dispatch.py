@@ -7,7 +7,8 @@ choice is made while tracing and costs nothing afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +22,27 @@ from pallas_kernels.packed import PackedArray, Weight
 NAMES = ("xla", "mosaic", "reference")
 # One name, several in order of preference, or None for an op's own order.
 Implementation = str | tuple[str, ...] | None
+
+
+class Table(Mapping[str, ModuleType]):
+    """An op's implementations, in order of preference: name -> module ``<op>.<name>``, imported when it is looked at.
+
+    What XLA serves by itself need not wait for the import of a compiler for GPUs.
+    """
+
+    def __init__(self, op: str, *names: str) -> None:
+        self._op, self._names = op, names
+
+    def __getitem__(self, name: str) -> ModuleType:
+        if name not in self._names:
+            raise KeyError(name)
+        return importlib.import_module(f"{self._op}.{name}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def choose(

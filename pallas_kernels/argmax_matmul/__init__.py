@@ -5,10 +5,9 @@ from __future__ import annotations
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.argmax_matmul import mosaic, reference, xla
 from pallas_kernels.packed import Weight
 
-IMPLEMENTATIONS = {"xla": xla, "mosaic": mosaic, "reference": reference}
+IMPLEMENTATIONS = dispatch.Table(__name__, "xla", "mosaic", "reference")
 
 
 def argmax_matmul(

@@ -5,9 +5,8 @@ from __future__ import annotations
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention import reference, xla
 
-IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+IMPLEMENTATIONS = dispatch.Table(__name__, "xla", "reference")
 
 
 def attention(

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.embedding_lookup import reference, xla
 from pallas_kernels.packed import Weight
 
-IMPLEMENTATIONS = {"xla": xla, "reference": reference}
+IMPLEMENTATIONS = dispatch.Table(__name__, "xla", "reference")
 
 
 def embedding_lookup(

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.gated_matmul import mosaic, reference, xla
 from pallas_kernels.packed import Weight
 
-IMPLEMENTATIONS = {"xla": xla, "mosaic": mosaic, "reference": reference}
+IMPLEMENTATIONS = dispatch.Table(__name__, "xla", "mosaic", "reference")
 
 
 def gated_matmul(

@@ -6,9 +6,8 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.packed import Weight
-from pallas_kernels.quantized_matmul import mosaic, reference, xla
 
-IMPLEMENTATIONS = {"xla": xla, "mosaic": mosaic, "reference": reference}
+IMPLEMENTATIONS = dispatch.Table(__name__, "xla", "mosaic", "reference")
 
 
 def quantized_matmul(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 
-from pallas_kernels.dispatch import choose
+from pallas_kernels.dispatch import Table, choose
 
 WILLING = SimpleNamespace(why_not=lambda x: None)
 PICKY = SimpleNamespace(why_not=lambda x: None if x > 3 else f"x = {x} is too small")
@@ -45,3 +47,13 @@ def test_of_several_names_the_first_that_can_serves() -> None:
         choose("op", table, ("mosiac", "xla"), 5)
     with pytest.raises(ValueError, match="none was named"):
         choose("op", {"xla": WILLING}, ("mosaic",), 5)
+
+
+def test_an_op_does_not_import_what_it_does_not_use() -> None:
+    script = "import sys, pallas_kernels; sys.exit('jax.experimental.mosaic.gpu' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+    table = Table("pallas_kernels.embedding_lookup", "xla", "reference")
+    assert list(table) == ["xla", "reference"]
+    assert table["reference"].__name__ == "pallas_kernels.embedding_lookup.reference"
+    with pytest.raises(KeyError):
+        table["mosaic"]
