@@ -227,6 +227,18 @@ class Ptx:
     def less(self, a: Register, b: Register) -> Register:
         return arith.cmpi(arith.CmpIPredicate.ult, a, b)
 
+    def either(self, a: Register, b: Register) -> Register:
+        return arith.ori(a, b)
+
+    def any_lane(self, a: Register) -> Register:
+        text = "{ .reg .pred p, q; setp.ne.b32 p, $1, 0; vote.sync.any.pred q, p, 0xffffffff; selp.b32 $0, 1, 0, q; }"
+        out = self._asm(self.i32, text, "=r,r", arith.extui(self.i32, a), effects=True)
+        return arith.cmpi(arith.CmpIPredicate.ne, out, _constant(0))
+
+    def shuffle_xor(self, a: Register, distance: int) -> Register:
+        text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;"
+        return self._asm(self.f32, text, "=f,f", a, effects=True)
+
     def both(self, a: Register, b: Register) -> Register:
         return arith.andi(a, b)
 
@@ -261,6 +273,9 @@ class Ptx:
     def bytes_of(self, a: Register, selector: int, bits: int = 0) -> Register:
         return self._asm(self.i32, f"prmt.b32 $0, $1, {bits:#x}, {selector:#x};", "=r,r", a)
 
+    def bytes_of_two(self, a: Register, b: Register, selector: int) -> Register:
+        return self._asm(self.i32, f"prmt.b32 $0, $1, $2, {selector:#x};", "=r,r,r", a, b)
+
     def bf16x2_of_floats(self, low: Register, high: Register) -> Register:
         return self._asm(self.i32, "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", low, high)
 
@@ -285,6 +300,9 @@ class Ptx:
 
     def fadd(self, a: Register, b: Register) -> Register:
         return self._asm(self.f32, "add.rn.f32 $0, $1, $2;", "=f,f,f", a, b)
+
+    def fmax(self, a: Register, b: Register) -> Register:
+        return self._asm(self.f32, "max.f32 $0, $1, $2;", "=f,f,f", a, b)
 
     def fmul(self, a: Register, b: Register) -> Register:
         return self._asm(self.f32, "mul.rn.f32 $0, $1, $2;", "=f,f,f", a, b)
@@ -355,14 +373,20 @@ class Ptx:
         return [llvm.extractvalue(self.i32, out, [i]) for i in range(n)]
 
     def store(
-        self, ref: Any, word: Register, values: Registers, *, where: Register | None = None
+        self,
+        ref: Any,
+        word: Register,
+        values: Registers,
+        *,
+        offset: int = 0,
+        where: Register | None = None,
     ) -> None:
-        """Writes float32 or 32-bit integer `values` to word `word` of `ref` and those after it, where `where`."""
+        """Writes float32 or 32-bit integers to word ``word + offset`` of `ref` and those after it, where `where`."""
         space, pointer, width = self._pointer(ref, word)
         n = len(values)
         kind = "f" if values[0].type == self.f32 else "r"
         names = ", ".join(f"${i + 1}" for i in range(n))
-        text = f"st.{space}{'' if n == 1 else f'.v{n}'}.b32 [$0], {names if n == 1 else f'{{{names}}}'};"
+        text = f"st.{space}{'' if n == 1 else f'.v{n}'}.b32 [$0+{4 * offset}], {names if n == 1 else f'{{{names}}}'};"
         operands = [pointer, *values]
         constraints = [width, *[kind] * n]
         if where is not None:
@@ -466,6 +490,15 @@ class Emulated:
     def less(self, a: Register, b: Register) -> Register:
         return a < b
 
+    def either(self, a: Register, b: Register) -> Register:
+        return a | b
+
+    def any_lane(self, a: Register) -> Register:
+        return np.broadcast_to(np.any(a, axis=1, keepdims=True), (WARPS, LANES))
+
+    def shuffle_xor(self, a: Register, distance: int) -> Register:
+        return a[:, np.arange(LANES) ^ distance]
+
     def both(self, a: Register, b: Register) -> Register:
         return a & b
 
@@ -506,6 +539,15 @@ class Emulated:
             out |= byte << np.uint32(8 * place)
         return out
 
+    def bytes_of_two(self, a: Register, b: Register, selector: int) -> Register:
+        out = np.zeros_like(a)
+        for place in range(4):
+            which = (selector >> (4 * place)) & 15
+            assert which < 8, "sign replication is not modelled"
+            byte = ((a, b)[which // 4] >> np.uint32(8 * (which % 4))) & np.uint32(255)
+            out |= byte << np.uint32(8 * place)
+        return out
+
     def bf16x2_of_floats(self, low: Register, high: Register) -> Register:
         return _word_of_bf16(np.stack([low, high], axis=-1))
 
@@ -528,6 +570,9 @@ class Emulated:
 
     def fadd(self, a: Register, b: Register) -> Register:
         return a + b
+
+    def fmax(self, a: Register, b: Register) -> Register:
+        return np.maximum(a, b)
 
     def fmul(self, a: Register, b: Register) -> Register:
         return a * b
@@ -575,10 +620,16 @@ class Emulated:
         return [np.where(where, ref.words[first + i], filler) for i in range(n)]
 
     def store(
-        self, ref: Memory, word: Register, values: Registers, *, where: Register | None = None
+        self,
+        ref: Memory,
+        word: Register,
+        values: Registers,
+        *,
+        offset: int = 0,
+        where: Register | None = None,
     ) -> None:
         where = np.ones((WARPS, LANES), bool) if where is None else where
-        first = np.broadcast_to(word, (WARPS, LANES)).astype(np.int64)[where]
+        first = np.broadcast_to(word, (WARPS, LANES)).astype(np.int64)[where] + offset
         for i, value in enumerate(values):
             ref.words[first + i] = value.view(np.uint32)[where]
 

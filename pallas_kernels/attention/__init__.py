@@ -6,7 +6,7 @@ import jax
 
 from pallas_kernels import dispatch
 
-IMPLEMENTATIONS = dispatch.Table(__name__, "xla", "reference")
+IMPLEMENTATIONS = dispatch.Table(__name__, "xla", "mosaic", "reference")
 
 
 def attention(

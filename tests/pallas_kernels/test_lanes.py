@@ -115,3 +115,26 @@ def test_kernels_are_traced_for_a_cpu_only_inside_the_context() -> None:
     with lanes.interpreted():
         assert lanes.is_interpreted()
     assert not lanes.is_interpreted()
+
+
+def test_both_instruction_sets_have_the_same_instructions() -> None:
+    names = [
+        {name for name in vars(machine) if not name.startswith("_")}
+        for machine in (lanes.Ptx, lanes.Emulated)
+    ]
+    assert names[0] == names[1]
+
+
+def test_lanes_of_a_row_exchange_by_distance_and_vote_by_warp() -> None:
+    values = np.random.default_rng(9).standard_normal(SHAPE).astype(np.float32)
+    for lane in range(LANES):
+        assert np.array_equal(DEVICE.shuffle_xor(values, 2)[:, lane], values[:, lane ^ 2])
+    flags = np.zeros(SHAPE, bool)
+    flags[2, 17] = True
+    assert np.array_equal(DEVICE.any_lane(flags)[:, 0], [False, False, True, False])
+
+
+def test_prmt_of_two_words_takes_bytes_of_both() -> None:
+    a, b = _words(10), _words(11)
+    assert np.array_equal(DEVICE.bytes_of_two(a, b, 0x5410), a & 0xFFFF | b << 16)
+    assert np.array_equal(DEVICE.bytes_of_two(a, b, 0x7632), a >> 16 | b & 0xFFFF0000)

@@ -6,11 +6,14 @@ sum of S terms, so S * 2**-22 bounds it; bfloat16 inputs and weights round at 2*
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import lanes
 from pallas_kernels.attention import IMPLEMENTATIONS, attention
 from pallas_kernels.attention.cases import CASES
 
@@ -62,16 +65,16 @@ def check(
     window: int | None,
     dtype: jnp.dtype = jnp.float32,
 ) -> None:
+    if implementation == "mosaic":
+        dtype = jnp.bfloat16
     q, k, v = (np.asarray(jnp.asarray(x, dtype)) for x in (q, k, v))
-    have = attention(
-        jnp.asarray(q),
-        jnp.asarray(k),
-        jnp.asarray(v),
-        jnp.asarray(qp, jnp.int32),
-        jnp.asarray(kp, jnp.int32),
-        window=window,
-        implementation=implementation,
-    )
+    args = [*map(jnp.asarray, (q, k, v)), jnp.asarray(qp, jnp.int32), jnp.asarray(kp, jnp.int32)]
+    if reason := IMPLEMENTATIONS[implementation].why_not(*args):
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            attention(*args, window=window, implementation=implementation)
+        return
+    with lanes.interpreted():
+        have = attention(*args, window=window, implementation=implementation)
     assert have.dtype == dtype
     tolerance = k.shape[1] * 2.0**-22 if dtype == jnp.float32 else 4 * 2.0**-9
     largest = np.abs(v.astype(np.float64)).max()
@@ -195,5 +198,5 @@ def test_shapes_that_do_not_fit_are_named(q: tuple, k: tuple, v: tuple, message:
 
 def test_an_unknown_implementation_is_refused() -> None:
     x, p = jnp.zeros((1, 1, 1, 2)), jnp.zeros((1, 1), int)
-    with pytest.raises(ValueError, match=r"one .or several. of xla, reference"):
+    with pytest.raises(ValueError, match=r"one .or several. of xla, mosaic, reference"):
         attention(x, x, x, p, p, implementation="cudnn")
