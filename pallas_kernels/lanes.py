@@ -319,9 +319,6 @@ class Ptx:
     def reciprocal(self, a: Register) -> Register:
         return self._asm(self.f32, "rcp.approx.ftz.f32 $0, $1;", "=f,f", a)
 
-    def pair_of_bf16(self, low: Register, high: Register) -> Register:
-        return self._asm(self.i32, "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", high, low)
-
     def mma(self, a: Registers, b: Registers, c: Registers) -> Registers:
         four = llvm.StructType.get_literal([self.f32] * 4)
         text = (
@@ -588,9 +585,6 @@ class Emulated:
 
     def reciprocal(self, a: Register) -> Register:
         return np.float32(1) / a
-
-    def pair_of_bf16(self, low: Register, high: Register) -> Register:
-        return _word_of_bf16(np.stack([low, high], axis=-1))
 
     def mma(self, a: Registers, b: Registers, c: Registers) -> Registers:
         product = _matrix_a(a) @ _matrix_b(b)

@@ -55,7 +55,7 @@ def expert_gate_up(
         factor = i.float_of_bits(bits)
         gate, up = ([i.fmul(factor, total) for total in matrix] for matrix in totals)
         out = [i.fmul(gelu(i, g), u) for g, u in zip(gate, up, strict=True)]
-        words = [i.pair_of_bf16(*out[n : n + 2]) for n in range(0, len(out), 2)]
+        words = [i.bf16x2_of_floats(*out[n : n + 2]) for n in range(0, len(out), 2)]
         word = i.shift_right(i.iadd(i.imul(pair, i.u32(width)), row), 1)
         i.store(h, word, words, where=inside)
 

@@ -59,7 +59,7 @@ def gated_matmul(
         factor = i.float_of_bits(bits)
         gate, up = ([i.fmul(factor, total) for total in half] for half in totals)
         out = [i.fmul(gelu(i, g), u) for g, u in zip(gate, up, strict=True)]
-        words = [i.pair_of_bf16(*out[n : n + 2]) for n in range(0, len(out), 2)]
+        words = [i.bf16x2_of_floats(*out[n : n + 2]) for n in range(0, len(out), 2)]
         h_row = i.iadd(i.imul(i.shift_right(tile, 1), i.u32(ROWS)), row)
         word = i.shift_right(i.iadd(i.imul(x_row, i.u32(width)), h_row), 1)
         i.store(h, word, words, where=inside)
