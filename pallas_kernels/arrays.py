@@ -50,18 +50,13 @@ def pack(fields: jax.Array, bits: int) -> jax.Array:
     return jnp.sum(grouped << shifts, axis=-1, dtype=jnp.uint32)
 
 
-class _BlockArray:
-    """What the formats share; the planes are the dataclass fields of the subclass."""
-
-    # (name of the plane the logical shape is read from, elements per entry of that plane)
-    _shape_plane: ClassVar[tuple[str, int]]
+class PlaneArray:
+    """An array of numbers made of planes, which are the dataclass fields of the subclass."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Logical shape ``[..., N, K]``."""
-        name, per_entry = self._shape_plane
-        *leading, entries = getattr(self, name).shape
-        return (*leading, entries * per_entry)
+        raise NotImplementedError
 
     @property
     def ndim(self) -> int:
@@ -82,17 +77,6 @@ class _BlockArray:
     def bits_per_weight(self) -> float:
         """``8 * nbytes / number of elements``, from the planes themselves."""
         return 8 * self.nbytes / math.prod(self.shape)
-
-    def __getitem__(self, index: Any) -> Self:
-        """Indexes every plane; ``index`` may address any axis but the last, without ``...``."""
-        entries = index if isinstance(index, tuple) else (index,)
-        consumed = sum(i is not None for i in entries)
-        if any(i is Ellipsis for i in entries) or consumed >= self.ndim:
-            raise ValueError(
-                f"index {index!r} of a quantized array of shape {self.shape}: only the first "
-                f"{self.ndim - 1} axes can be indexed, and not with '...'"
-            )
-        return jax.tree.map(lambda plane: plane[index], self)
 
     def validate(self) -> Self:
         """Returns ``self`` if shapes and types of the planes agree.
@@ -115,9 +99,34 @@ class _BlockArray:
         """The planes of an array of logical ``shape`` as ``jax.ShapeDtypeStruct``.
 
         Raises:
-            ValueError: the last axis is not a multiple of 32.
+            ValueError: the format has no array of that shape.
         """
         raise NotImplementedError
+
+
+class _BlockArray(PlaneArray):
+    """What the formats share that keep rows one after the other."""
+
+    # (name of the plane the logical shape is read from, elements per entry of that plane)
+    _shape_plane: ClassVar[tuple[str, int]]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape ``[..., N, K]``."""
+        name, per_entry = self._shape_plane
+        *leading, entries = getattr(self, name).shape
+        return (*leading, entries * per_entry)
+
+    def __getitem__(self, index: Any) -> Self:
+        """Indexes every plane; ``index`` may address any axis but the last, without ``...``."""
+        entries = index if isinstance(index, tuple) else (index,)
+        consumed = sum(i is not None for i in entries)
+        if any(i is Ellipsis for i in entries) or consumed >= self.ndim:
+            raise ValueError(
+                f"index {index!r} of a quantized array of shape {self.shape}: only the first "
+                f"{self.ndim - 1} axes can be indexed, and not with '...'"
+            )
+        return jax.tree.map(lambda plane: plane[index], self)
 
 
 def _spec(leading: Sequence[int], entries: int, dtype: Any) -> Any:

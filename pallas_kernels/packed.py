@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.arrays import EQ8_0, FORMATS, Q4K, Q6K, QuantizedArray, pack, unpack
+from pallas_kernels.arrays import EQ8_0, FORMATS, Q4K, Q6K, PlaneArray, QuantizedArray, pack, unpack
 
 ROWS = 16
 CHUNKS = (256, 64)
@@ -40,7 +40,7 @@ def chunk_size(k: int) -> int:
     raise ValueError(f"K = {k}: the last axis of a packed array must be a multiple of 64")
 
 
-class _PackedArray:
+class _PackedArray(PlaneArray):
     """What the packed formats share; `codes` is a plane of each of them."""
 
     format: ClassVar[str]
@@ -58,26 +58,6 @@ class _PackedArray:
     def chunk(self) -> int:
         """C, columns in a chunk."""
         return math.prod(self.codes.shape[-3:]) * self._per_word // ROWS
-
-    @property
-    def ndim(self) -> int:
-        """Number of logical axes."""
-        return len(self.shape)
-
-    @property
-    def dtype(self) -> Any:
-        """The type of the values, float32."""
-        return jnp.dtype(jnp.float32)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all planes together."""
-        return sum(math.prod(p.shape) * p.dtype.itemsize for p in jax.tree.leaves(self))
-
-    @property
-    def bits_per_weight(self) -> float:
-        """``8 * nbytes / number of elements``, from the planes themselves."""
-        return 8 * self.nbytes / math.prod(self.shape)
 
     def __getitem__(self, index: Any) -> Self:
         """Indexes axes before the last two, or takes a slice of whole row tiles of ``[N, K]``.
@@ -98,22 +78,6 @@ class _PackedArray:
                 f"indexed, without '...', and [N, K] be cut at multiples of {ROWS} rows"
             )
         return jax.tree.map(lambda plane: plane[index], self)
-
-    def validate(self) -> Self:
-        """Returns `self` if shapes and types of the planes agree.
-
-        Raises:
-            ValueError: a plane differs from what the logical shape asks for; both are named.
-        """
-        expected = type(self).abstract(self.shape)
-        for name, want in vars(expected).items():
-            have = getattr(self, name)
-            if have.shape != want.shape or have.dtype != want.dtype:
-                raise ValueError(
-                    f"{type(self).__name__}.{name} is {have.dtype}{list(have.shape)}, but shape "
-                    f"{list(self.shape)} asks for {want.dtype}{list(want.shape)}"
-                )
-        return self
 
     @classmethod
     def abstract(cls, shape: tuple[int, ...]) -> Self:
