@@ -29,7 +29,7 @@ CONTENT: dict[str, Any] = {
             "format": "q4k",
             "rows": 8,
             "shape": [48, 256],
-            "config": {"tiles": 2, "warpgroups": 3, "ctas": 7},
+            "config": {"tiles": 2, "warpgroups": 3, "ctas": 7, "units": 1},
         }
     ],
 }
@@ -133,6 +133,18 @@ def test_a_kernel_takes_what_was_measured_for_its_weights() -> None:
 
 def test_without_a_gpu_nothing_is_looked_up() -> None:
     assert _config(8, (48, 256)) == Config(1, 4, 132)
+
+
+def test_a_kernel_has_as_many_warps_as_its_registers_leave_room_for() -> None:
+    """Sums of 16 rows, or Q6K's four planes, do not fit the 128 registers that 16 warps an SM leave a lane."""
+    for weight_format, rows, warpgroups in (
+        ("q4k", 1, 4), ("q4k", 8, 4), ("q4k", 9, 3), ("eq8_0", 8, 4), ("eq8_0", 16, 3), ("q6k", 1, 3), ("q6k", 16, 3),
+    ):  # fmt: skip
+        x, w = jnp.zeros((rows, 2560), jnp.bfloat16), PACKED[weight_format].abstract((4096, 2560))
+        config = mosaic_decode.default_config(x, w)
+        assert (config.warpgroups, 4 * warpgroups % config.tiles) == (warpgroups, 0)
+    plain = jax.ShapeDtypeStruct((4096, 2560), jnp.bfloat16)
+    assert mosaic_decode.default_config(jnp.zeros((16, 2560), jnp.bfloat16), plain).warpgroups == 4
 
 
 def test_the_files_of_the_package_are_sound() -> None:
