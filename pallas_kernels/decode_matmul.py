@@ -106,6 +106,11 @@ def multiply(x: jax.Array, unit: Units, product: Product, config: Config) -> jax
     return _kernel(unit, product, config)(x, *unit.planes, *product.tables)
 
 
+def mmas_per_fragment(unit: Units, rows: int) -> int:
+    """Tensor-core instructions for each 16 x 16 weights: one a tile of columns, and as many of a constant operand."""
+    return -(-rows // 8) * (2 if unit.constants else 1)
+
+
 def gelu(i: Any, x: Any) -> Any:
     """The tanh form as ``x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x**3)))``.
 

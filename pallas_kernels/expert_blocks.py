@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import decode_matmul
 from pallas_kernels.decode_matmul import Config, Product, multiply
 from pallas_kernels.fragments import MAX_ROWS, units, why_no_units
 from pallas_kernels.packed import ROWS, Weight
@@ -147,6 +148,11 @@ def why_not(x: jax.Array, w: Weight, expert_ids: jax.Array) -> str | None:
     if expert_ids.size == 0:
         return "there are no rows"
     return why_no_units(w)
+
+
+def mmas_per_fragment(w: Weight, pairs: int) -> int:
+    """As `decode_matmul.mmas_per_fragment`, a block's pairs being the rows."""
+    return decode_matmul.mmas_per_fragment(units(w), block_size(pairs, w.shape[0]))
 
 
 def default_config(w: Weight, pairs: int, span: int = 1) -> Config:

@@ -38,6 +38,12 @@ def default_config(x: jax.Array, w: Weight, scale: jax.Array) -> Config:
     return min(configs, key=lambda c: c.turns(n // ROWS, k // units(w).chunk))
 
 
+def mmas_per_fragment(x: jax.Array, w: Weight, scale: jax.Array) -> int:
+    """As ``quantized_matmul``."""
+    del scale
+    return mosaic_decode.mmas_per_fragment(x, w)
+
+
 def gated_matmul(
     x: jax.Array, w: Weight, scale: jax.Array, config: Config | None = None
 ) -> jax.Array:

@@ -55,9 +55,8 @@ def configs(x: jax.Array, w: Weight) -> list[Config]:
 
 
 def mmas_per_fragment(x: jax.Array, w: Weight) -> int:
-    """Tensor-core instructions for each 16 x 16 weights: one a tile of columns, and as many of a constant operand."""
-    column_tiles = -(-math.prod(x.shape[:-1]) // 8)
-    return column_tiles * (2 if units(w).constants else 1)
+    """As `decode_matmul.mmas_per_fragment`."""
+    return decode_matmul.mmas_per_fragment(units(w), math.prod(x.shape[:-1]))
 
 
 def quantized_matmul(x: jax.Array, w: Weight, config: Config | None = None) -> jax.Array:
