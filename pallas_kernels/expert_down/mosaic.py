@@ -41,7 +41,7 @@ def default_config(h: jax.Array, w: Weight, expert_ids: jax.Array, weights: jax.
     _, n, width = w.shape
     tokens, per_token = expert_ids.shape
     return expert_blocks.fewest_turns(
-        w, tiles=tokens * n // ROWS, chunks=per_token * width // units(w).chunk
+        w, rows=1, tiles=tokens * n // ROWS, chunks=per_token * width // units(w).chunk
     )
 
 

@@ -37,15 +37,15 @@ def default_config(x: jax.Array, w: Weight) -> Config:
     if (config := tuning.tuned(Config, x, w)) is not None:
         return config
     n, k = w.shape
-    configs = (Config(tiles=tiles) for tiles in (1, 2, 4, 8, 16))
-    return min(configs, key=lambda c: c.turns(n // ROWS, k // units(w).chunk))
+    unit = units(w)
+    return Config.fewest_turns(unit, n // ROWS, k // unit.chunk)
 
 
 def configs(x: jax.Array, w: Weight) -> list[Config]:
-    """What is worth measuring: tiles, and the same warps in CTAs of half the size."""
+    """What is worth measuring: tiles; fewer warps with more registers; and as many in CTAs of half the size."""
     del x, w
-    spread = ((4, 132), (2, 264))
-    tiles = (1, 2, 4, 8, 16)
+    spread = ((4, 132), (3, 132), (2, 264))
+    tiles = (1, 2, 3, 4, 6, 8, 12, 16)
     return [
         Config(tiles=t, warpgroups=wgs, ctas=ctas)
         for wgs, ctas in spread

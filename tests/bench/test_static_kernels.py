@@ -173,7 +173,7 @@ def compiled(target: str) -> list[dict[str, Any]]:
             r"quantized_matmul (e4b_gate_up|26b_a4b_dense_down) M=(1|8|16) ",
             r"gated_matmul e4b M=(1|16) ",
             r"argmax_matmul e4b M=8 ",
-            r"expert_matmul 26b_a4b_gate_up M=(8|4096) ",
+            r"expert_matmul 26b_a4b_(gate_up M=8|down M=4096) ",
             r"expert_gate_up 26b_a4b M=(8|512) ",
             r"expert_down 26b_a4b M=8 ",
         )
@@ -204,7 +204,8 @@ def test_every_format_compiles_without_spills(target: str) -> None:
         assert formats == set(WEIGHT_FORMATS) - ({"q6k"} if op == "expert_down" else set()), op
     for entry in found:
         assert entry["spill_bytes"] == 0, entry
-        assert 0 < entry["registers"] <= 168, entry  # or 12 warps would not fit an SM
+        # Or 16 warps would not fit an SM, 12 of Q6K.
+        assert 0 < entry["registers"] <= (168 if entry["format"] == "q6k" else 128), entry
         # In fragment order a Q4K with super-blocks of 64 has its scales in bytes.
         assert 1 <= entry["bytes_moved"] / entry["bytes_min"] < 1.03, entry
 
