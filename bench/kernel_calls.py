@@ -1,61 +1,116 @@
 """The calls by which kernels are judged: every op with every named case, number of rows and weight format.
 
-`OPS` is the register: one line for each op, whose cases and implementations come from its own package.
+`OPS` is the register: of each op the shapes of a call and what its results are held to; cases and implementations
+come from its own package.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from bench import kernel_checks
 from bench.aot import WEIGHT_FORMATS, abstract_weight
-from pallas_kernels import expert_matmul, quantized_matmul
+from bench.kernel_checks import Rule
 from pallas_kernels.arrays import FORMATS
-from pallas_kernels.expert_matmul import IMPLEMENTATIONS as EXPERT_IMPLEMENTATIONS
-from pallas_kernels.expert_matmul import cases as expert_cases
 from pallas_kernels.packed import PACKED, why_not_packed
-from pallas_kernels.quantized_matmul import IMPLEMENTATIONS as MATMUL_IMPLEMENTATIONS
-from pallas_kernels.quantized_matmul import cases as matmul_cases
 
 
 class Shapes(NamedTuple):
-    """Of one call: ``x [M, K]``, ``w [..., N, K]`` and, where w has experts, whether ids ``[M]`` choose them."""
+    """Of one call's arguments in their order; an op without ids or scale has None there.
 
-    x: tuple[int, int]
+    x: bfloat16 ``[M, ..., K]``.
+    w: ``[..., N, K]``.
+    ids: int32 ``[M, ...]``, the experts that x meets.
+    scale: float32 ``[M, ...]``, what products are multiplied by.
+    """
+
+    x: tuple[int, ...]
     w: tuple[int, ...]
-    chooses: bool = False
+    ids: tuple[int, ...] | None = None
+    scale: tuple[int, ...] | None = None
+
+    @property
+    def pairs(self) -> int:
+        """Products of a vector and a matrix: rows of x, or as many as choose an expert."""
+        return self.x[0] if self.ids is None else math.prod(self.ids)
+
+    @property
+    def rest(self) -> list[jax.ShapeDtypeStruct]:
+        """Abstract ids and scale, where there are any."""
+        types = ((self.ids, jnp.int32), (self.scale, jnp.float32))
+        return [jax.ShapeDtypeStruct(s, dtype) for s, dtype in types if s is not None]
 
 
 class Op(NamedTuple):
-    """An op's function and implementations, and the shapes of a group of its cases, ``SMALL`` or ``REAL``, by name."""
+    """An op's function and implementations, its cases, what results are held to, and the shapes of a case's call."""
 
     function: Callable[..., jax.Array]
     implementations: Mapping[str, ModuleType]
-    shapes: Callable[[str], Iterable[tuple[str, Shapes]]]
+    cases: ModuleType
+    rule: Rule
+    shapes: Callable[[Any, int], Shapes]
+
+    def group(self, name: str) -> Iterator[tuple[str, Shapes]]:
+        """Cases of a group, ``SMALL`` or ``REAL``, with every number of rows or tokens."""
+        rows = getattr(self.cases, "ROWS", None) or self.cases.TOKENS
+        for (case, c), m in itertools.product(getattr(self.cases, name).items(), rows):
+            yield case, self.shapes(c, m)
 
 
-def _matmul_shapes(group: str) -> Iterator[tuple[str, Shapes]]:
-    for name, c in getattr(matmul_cases, group).items():
-        for rows in matmul_cases.ROWS:
-            yield name, Shapes((rows, c.k), (c.n, c.k))
-
-
-def _expert_shapes(group: str) -> Iterator[tuple[str, Shapes]]:
-    for name, c in getattr(expert_cases, group).items():
-        for tokens in expert_cases.TOKENS:
-            yield name, Shapes((tokens * c.per_token, c.k), (c.e, c.n, c.k), chooses=True)
+def _op(
+    name: str,
+    shapes: Callable[[Any, int], Shapes],
+    products: Callable[..., jax.Array] | None = None,
+    errors: Callable[..., jax.Array] = kernel_checks.linear,
+) -> Op:
+    """The op of that name; without `products` its results are products."""
+    package = importlib.import_module(f"pallas_kernels.{name}")
+    cases = importlib.import_module(f"pallas_kernels.{name}.cases")
+    function = getattr(package, name)
+    products = products or functools.partial(function, implementation="reference")
+    return Op(function, package.IMPLEMENTATIONS, cases, Rule(products, errors), shapes)
 
 
 OPS: dict[str, Op] = {
-    "quantized_matmul": Op(quantized_matmul, MATMUL_IMPLEMENTATIONS, _matmul_shapes),
-    "expert_matmul": Op(expert_matmul, EXPERT_IMPLEMENTATIONS, _expert_shapes),
+    "quantized_matmul": _op("quantized_matmul", lambda c, m: Shapes((m, c.k), (c.n, c.k))),
+    "gated_matmul": _op(
+        "gated_matmul",
+        lambda c, m: Shapes((m, c.k), (2 * c.f, c.k), scale=(m, 1)),
+        kernel_checks.matrix_products,
+        kernel_checks.gated,
+    ),
+    "argmax_matmul": _op(
+        "argmax_matmul",
+        lambda c, m: Shapes((m, c.k), (c.n, c.k)),
+        kernel_checks.matrix_products,
+        kernel_checks.largest,
+    ),
+    "expert_matmul": _op(
+        "expert_matmul",
+        lambda c, t: Shapes((t * c.per_token, c.k), (c.e, c.n, c.k), ids=(t * c.per_token,)),
+    ),
+    "expert_gate_up": _op(
+        "expert_gate_up",
+        lambda c, t: Shapes((t, c.k), (c.e, 2 * c.f, c.k), ids=(t, c.per_token), scale=(t,)),
+        kernel_checks.expert_products,
+        kernel_checks.gated,
+    ),
+    "expert_down": _op(
+        "expert_down",
+        lambda c, t: Shapes(
+            (t, c.per_token, c.f), (c.e, c.n, c.f), (t, c.per_token), (t, c.per_token)
+        ),
+    ),
 }
 
 
@@ -81,7 +136,7 @@ class Call(NamedTuple):
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """Abstract x (bfloat16), w and, where there are experts, ids."""
+        """Abstract x, w, ids and scale."""
         return _arguments(self.shapes, _weight(self.format, self.shapes.w, packed=self.packed))
 
     def run(self, *arguments: Any) -> jax.Array:
@@ -110,31 +165,35 @@ class Call(NamedTuple):
 
     @property
     def weights_read(self) -> int:
-        """Weights of the matrices that the call uses: of experts, the most that its rows can choose."""
+        """Weights of the matrices that the call uses: of experts, the most that can be chosen."""
         *experts, n, k = self.shapes.w
-        return min(self.shapes.x[0], math.prod(experts)) * n * k
+        return min(self.shapes.pairs, math.prod(experts)) * n * k
 
     @property
     def bytes_moved(self) -> int:
-        """Planes of those weights as they are stored, x and y, each once."""
-        return self._bytes(packed=self.packed)
+        """Planes of those weights as they are stored, the other arguments and the result, each once.
+
+        And what the implementation says it writes and reads again on the way, in `intermediate_bytes`.
+        """
+        between = getattr(self.module, "intermediate_bytes", lambda *_: 0)
+        return self._bytes(packed=self.packed) + int(between(*self.arguments))
 
     @property
     def bytes_min(self) -> int:
-        """The same with the weights as `pallas_kernels.arrays` stores them."""
+        """Without that, and with the weights as `pallas_kernels.arrays` stores them."""
         return self._bytes(packed=False)
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions of the product."""
-        return 2 * self.shapes.x[0] * math.prod(self.shapes.w[-2:])
+        """Multiplications and additions of the products."""
+        return 2 * self.shapes.pairs * math.prod(self.shapes.w[-2:])
 
     def _bytes(self, *, packed: bool) -> int:
         w = _weight(self.format, self.shapes.w, packed=packed)
-        stored = sum(math.prod(p.shape) * p.dtype.itemsize for p in jax.tree.leaves(w))
-        m, k = self.shapes.x
-        read = stored * self.weights_read // math.prod(self.shapes.w)
-        return read + 2 * m * k + 4 * m * self.shapes.w[-2]
+        x, _, *rest = arguments = _arguments(self.shapes, w)
+        y = jax.eval_shape(OPS[self.op].function, *arguments)
+        read = _size(w) * self.weights_read // math.prod(self.shapes.w)
+        return read + _size((x, rest, y))
 
 
 def is_hand_kernel(implementation: str) -> bool:
@@ -154,7 +213,7 @@ def calls(
     An implementation gets the weights in row order if it takes them so, else in fragment order.
     """
     for op in ops:
-        for case, shapes in OPS[op].shapes(group):
+        for case, shapes in OPS[op].group(group):
             for weight_format in formats:
                 for name, module in OPS[op].implementations.items():
                     if implementations(name):
@@ -213,6 +272,9 @@ def _weight(weight_format: str, shape: tuple[int, ...], *, packed: bool) -> Any:
 
 
 def _arguments(shapes: Shapes, w: Any) -> tuple[Any, ...]:
-    x = jax.ShapeDtypeStruct(shapes.x, jnp.bfloat16)
-    ids = jax.ShapeDtypeStruct(shapes.x[:1], jnp.int32)
-    return (x, w, ids) if shapes.chooses else (x, w)
+    return jax.ShapeDtypeStruct(shapes.x, jnp.bfloat16), w, *shapes.rest
+
+
+def _size(arrays: Any) -> int:
+    """Bytes of all of them."""
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(arrays))

@@ -1,17 +1,19 @@
 """What the hand kernels compile to on GPUs that are not here: registers, spills, shared memory, instructions.
 
     python -m bench.static_kernels --target h200 [--only REGEX]
+    python -m bench.static --json FILE --batch --no-prefill --target h200 b200 gb10
 
-Compiles every Mosaic implementation of an op on every named case and prints a JSON object for each; `bench.static`
-puts them under ``"kernels"``. One process per target, as everywhere (`bench.aot`). Registers, spills and shared memory
-are what the assembler and Mosaic report. Instructions are counted in the machine code, which needs NVIDIA's
-disassembler (``nvidia-cuda-nvdisasm``, in the `test` extra on Linux); without it what hangs on them is None.
+Compiles every Mosaic implementation of an op on every named case and prints a JSON object for each; the second command
+puts them under ``"kernels"`` of a file, and nothing else. One process per target, as everywhere (`bench.aot`). A call
+that is served without a kernel of Mosaic's is left out. Registers, spills and shared memory are what the assembler and
+Mosaic report. Instructions are counted in the machine code, which needs NVIDIA's disassembler
+(``nvidia-cuda-nvdisasm``, in the `test` extra on Linux); without it what hangs on them is None.
 
 `instructions_per_weight` is of the *hot* code: the innermost loop with a tensor-core instruction in it, or the whole
 kernel where a warp's work is no loop. Its instructions are divided by the weights that a lane multiplies there. A
 compiler may have unrolled the loop, so these are not read from the source but from the tensor-core instructions: each
 takes a 16 x 16 fragment of weights, eight a lane, and the implementation's `mmas_per_fragment` says how many of them
-take the same one; of an implementation that does not export it, `instructions_per_weight` is None.
+take the same one.
 
 `predicted_us` is a model, not a measurement, and a lower bound: the longest of three times (the bytes at the target's
 bandwidth, the instructions at four a cycle and SM, the products at the nominal rate of the tensor cores) and a launch.
@@ -48,6 +50,7 @@ _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*)")
 _LABEL = re.compile(r"\s*(\.L_x_\d+):")
 _JUMP = re.compile(r"BRA\b.*`\((\.L_x_\d+)\)")
 _MMA = re.compile(r"(?:H|HG|UTCH)MMA\b")
+_KERNEL = re.compile(r'kernel_hash = "(.*?)", module = ')
 _WIDE_LOAD = re.compile(r"LDG\.E\.NA\b[\w.]*\.128\b")  # past L1, as only weights are read
 
 
@@ -150,28 +153,30 @@ def disassembler() -> Path | None:
     return None
 
 
-def entry(target: str, call: Call) -> dict[str, Any]:
-    """Compiles a call and returns what there is to say about it, ready for JSON.
+# By the kernels of a program: one that is compiled for several calls is compiled, and dumped, once in a process.
+_compiled: dict[frozenset[str], list[Machine]] = {}
+
+
+def entry(target: str, call: Call) -> dict[str, Any] | None:
+    """Compiles a call and returns what there is to say about it, ready for JSON; None if it has no kernel of Mosaic's.
 
     Of a call with several kernels: the most registers, shared memory and instructions per weight, and all spills.
 
     Raises:
-        RuntimeError: no kernel of Mosaic's was compiled.
+        RuntimeError: Mosaic dumped nothing.
     """
     with dumped() as folder:
-        aot.compile_for(target, call.run, *call.arguments)
-        machines = read_dumps(folder)
+        program = aot.compile_for(target, call.run, *call.arguments)
+        kernels = frozenset(_KERNEL.findall(program.as_text() or ""))
+        machines = read_dumps(folder) or _compiled.get(kernels)
+    if not kernels:
+        return None
     if not machines:
-        raise RuntimeError(
-            f"{call.op} {call.name} {call.format}: no kernel was compiled, or it is one that was before"
-        )
+        raise RuntimeError(f"{call.op} {call.name} {call.format}: Mosaic dumped nothing")
+    _compiled[kernels] = machines
     hot = [m.hot for m in machines if m.hot and m.hot.mmas]
-    shared_by = getattr(call.module, "mmas_per_fragment", None)
-    per_weight = [
-        h.instructions * shared_by(*call.arguments) / (_WEIGHTS_OF_A_LANE * h.mmas)
-        for h in hot
-        if shared_by
-    ]
+    shared_by = call.module.mmas_per_fragment(*call.arguments) if hot else 1
+    per_weight = [h.instructions * shared_by / (_WEIGHTS_OF_A_LANE * h.mmas) for h in hot]
     instructions = max(per_weight, default=None)
     return {
         "op": call.op,
@@ -206,15 +211,16 @@ def predicted_us(target: str, call: Call, instructions_per_weight: float | None)
 def entries(
     target: str, only: str = "", without: Sequence[Mapping[str, Any]] = ()
 ) -> Iterator[dict[str, Any]]:
-    """The entry of every Mosaic implementation's calls on a target, of those that match `only`.
+    """The entry of every Mosaic implementation's calls on a target that have a kernel, of those that match `only`.
 
     Those that are in `without` already are left out.
     """
     done = {tuple(e[key] for key in ("op", "case", "format", "target")) for e in without}
     for call in calls(implementations=is_hand_kernel):
         is_new = (call.op, call.name, call.format, target) not in done
-        if is_new and re.search(only, f"{call.op} {call.name} {call.format}"):
-            yield entry(target, call)
+        is_wanted = is_new and re.search(only, f"{call.op} {call.name} {call.format}")
+        if is_wanted and (found := entry(target, call)):
+            yield found
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ the next, also those of the next tile, are on their way, and meets the others on
 order: results do not depend on timing.
 
 Bytes moved: w once; x once per SM, from L2. Shared memory: 128 bytes per warp and row of x. Registers: what 16 warps an
-SM leave, 128. Bound: the weights' bytes at the card's copy bandwidth. No card has run it.
+SM leave, 128; of Q6K what 12 leave, 168. Bound: the weights' bytes at the card's copy bandwidth. No card has run it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ class Config:
     """How a product is spread over the GPU.
 
     tiles: row tiles that a CTA works on at a time; divides its warps.
-    warpgroups: a CTA has four times as many warps. With 4 the assembler keeps to 128 registers, so 16 warps fit an SM.
+    warpgroups: a CTA has four times as many warps; what fits the registers of an SM is `Units.warpgroups`.
     ctas: of the grid, at most; one for each SM of an H100 or H200.
     units: that a warp has on their way at a time; more than one where units are small.
     """
@@ -55,6 +55,16 @@ class Config:
                 f"tiles = {self.tiles}, warpgroups = {self.warpgroups}: expected at most 8 warpgroups, and tiles that "
                 "divide their warps"
             )
+
+    @classmethod
+    def fewest_turns(
+        cls, unit: Units, tiles: int, chunks: int, *, span: int = 1, units: int = 1
+    ) -> Self:
+        """As many warpgroups as registers allow, and the tiles, a multiple of `span`, with the fewest `turns`."""
+        warps = 4 * unit.warpgroups
+        counts = (n for n in range(span, warps + 1, span) if warps % n == 0)
+        configs = (cls(n, unit.warpgroups, units=units) for n in counts)
+        return min(configs, key=lambda c: c.turns(tiles, chunks))
 
     def turns(self, tiles: int, chunks: int) -> int:
         """How often the busiest warp waits for memory in a product of so many row tiles and chunks."""
@@ -104,6 +114,11 @@ class Product:
 def multiply(x: jax.Array, unit: Units, product: Product, config: Config) -> jax.Array:
     """y, of `product`, from bfloat16 x and the weights of `unit`."""
     return _kernel(unit, product, config)(x, *unit.planes, *product.tables)
+
+
+def mmas_per_fragment(unit: Units, rows: int) -> int:
+    """Tensor-core instructions for each 16 x 16 weights: one a tile of columns, and as many of a constant operand."""
+    return -(-rows // 8) * (2 if unit.constants else 1)
 
 
 def gelu(i: Any, x: Any) -> Any:
@@ -201,14 +216,24 @@ def _kernel(unit: Units, product: Product, config: Config) -> Any:
 
         return x
 
-    def exchange(i: Any, refs: Any, arrays: Any, _: Any) -> list[Any]:
+    def thread_in(i: Any, group: Any) -> Any:
+        """This thread of its warpgroup, plus a 0 that hangs on the group.
+
+        What is made of it the compilers cannot make ahead of all groups, to be kept in registers that the turns need.
+        """
+        thread = i.iadd(i.shift_left(i.warp(), 5), i.lane())
+        return i.iadd(thread, i.shift_right(group, 31))
+
+    def exchange(i: Any, refs: Any, arrays: Any, scalars: Any) -> list[Any]:
         """Writes this warp's sums to its piece ``[m, 16]`` of shared memory."""
-        g, t = i.shift_right(i.lane(), 2), i.and_(i.lane(), 3)
+        thread = thread_in(i, *scalars)
+        warp, lane = i.shift_right(thread, 5), i.and_(thread, 31)
+        g, t = i.shift_right(lane, 2), i.and_(lane, 3)
         for tile in range(column_tiles):
             for half in range(2):
                 for column in columns:
                     row = i.iadd(i.iadd(i.shift_left(t, 1), i.u32(column)), i.u32(8 * tile))
-                    word = i.iadd(i.imul(i.iadd(i.imul(i.warp(), i.u32(m)), row), i.u32(ROWS)), g)
+                    word = i.iadd(i.imul(i.iadd(i.imul(warp, i.u32(m)), row), i.u32(ROWS)), g)
                     value = arrays[0][4 * tile + 2 * half + column]
                     inside = i.less(row, i.u32(m))
                     i.store(refs[0], i.iadd(word, i.u32(8 * half)), [value], where=inside)
@@ -221,7 +246,7 @@ def _kernel(unit: Units, product: Product, config: Config) -> Any:
         span, vector = product.span, product.vector
         rows, tiles = ROWS // vector, config.tiles // span
         outputs = m * tiles * rows
-        thread = i.iadd(i.shift_left(i.warp(), 5), i.lane())
+        thread = thread_in(i, group)
         for first in range(0, outputs, 128):
             output = i.iadd(thread, i.u32(first))
             row = i.imul(i.irem(output, i.u32(rows)), i.u32(vector))
@@ -270,7 +295,8 @@ def _kernel(unit: Units, product: Product, config: Config) -> Any:
 
             # Two buffers: whoever writes this one again has passed the next group's barrier, and so have its readers.
             buffer = sums_smem.at[lax.rem(index, jnp.int32(2))]
-            lanes.run(exchange, refs=[buffer.at[warpgroup]], arrays=[sums], stores=[0])
+            piece = buffer.at[warpgroup]
+            lanes.run(exchange, refs=[piece], arrays=[sums], scalars=[group], stores=[0])
             plgpu.barrier_arrive(exchanged)
             plgpu.barrier_wait(exchanged)
             is_writer = warpgroup == lax.rem(index, jnp.int32(config.warpgroups))

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import decode_matmul
 from pallas_kernels.decode_matmul import Config, Product, multiply
 from pallas_kernels.fragments import MAX_ROWS, units, why_no_units
 from pallas_kernels.packed import ROWS, Weight
@@ -24,6 +25,7 @@ MAX_SINGLE = 64
 # Registers of a lane for the weights of a turn. At 16 warps an SM 48 KB are on their way: 4.8 TB/s take 25 KB for every
 # 0.7 us that a read is waited for.
 _HELD_REGISTERS = 24
+_HELD_BESIDE_16_ROWS = 16  # whose sums take more; dequantizing bounds those, not reading
 
 
 class SortedPairs(NamedTuple):
@@ -149,19 +151,24 @@ def why_not(x: jax.Array, w: Weight, expert_ids: jax.Array) -> str | None:
     return why_no_units(w)
 
 
+def mmas_per_fragment(w: Weight, pairs: int) -> int:
+    """As `decode_matmul.mmas_per_fragment`, a block's pairs being the rows."""
+    return decode_matmul.mmas_per_fragment(units(w), block_size(pairs, w.shape[0]))
+
+
 def default_config(w: Weight, pairs: int, span: int = 1) -> Config:
     """`fewest_turns` of `multiply_blocks` for so many pairs."""
     experts, n, k = w.shape
     size = block_size(pairs, experts)
     most = pairs if size == 1 else most_blocks(pairs, experts, size)
-    return fewest_turns(w, most * n // ROWS, k // units(w).chunk, span)
+    return fewest_turns(w, size, most * n // ROWS, k // units(w).chunk, span)
 
 
-def fewest_turns(w: Weight, tiles: int, chunks: int, span: int = 1) -> Config:
-    """As many units as fit the registers kept for them, and the number of tiles with the fewest turns."""
-    held = max(1, _HELD_REGISTERS // units(w).registers)
-    configs = (Config(tiles=n, units=held) for n in (1, 2, 4, 8, 16) if n % span == 0)
-    return min(configs, key=lambda c: c.turns(tiles, chunks))
+def fewest_turns(w: Weight, rows: int, tiles: int, chunks: int, span: int = 1) -> Config:
+    """`Config.fewest_turns` with as many units as fit the registers kept for them."""
+    unit = units(w)
+    held = max(1, (_HELD_BESIDE_16_ROWS if rows > 8 else _HELD_REGISTERS) // unit.registers)
+    return Config.fewest_turns(unit, tiles, chunks, span=span, units=held)
 
 
 def multiply_blocks(

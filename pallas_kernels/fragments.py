@@ -53,6 +53,7 @@ class Units:
         into the registers that are free. Sums are 4 registers for each tile of columns, in the order of C; `columns`
         says which of each pair to compute.
     constants: the words of which `multiply` wants an A operand full, which the kernel makes once.
+    warpgroups: of an SM that `multiply` leaves registers for: the assembler keeps 4 to 128 registers a lane, 3 to 168.
     """
 
     chunk: int
@@ -60,6 +61,7 @@ class Units:
     pieces: tuple[tuple[int, Load], ...]
     multiply: Callable[..., list[Registers]]
     constants: tuple[int, ...] = ()
+    warpgroups: int = 4
 
     @property
     def registers(self) -> int:
@@ -90,9 +92,8 @@ def units(w: Weight) -> Units:
         return Units(w.chunk, (w.codes, w.header), header + codes, _multiply_eq8_0)
     if isinstance(w, PackedQ6K):
         pieces = (*_headers(2, 4), (1, _scales_of_row_pair), *_codes(1, 2), *_codes(0, 4))
-        return Units(
-            w.chunk, (w.codes, w.high, w.header, w.d), pieces, _multiply_q6k, (_MINUS_160,)
-        )
+        all_planes = (w.codes, w.high, w.header, w.d)
+        return Units(w.chunk, all_planes, pieces, _multiply_q6k, (_MINUS_160,), warpgroups=3)
     assert not isinstance(w, QuantizedArray)
     chunks = w.shape[-1] // _PLAIN_CHUNK
     return Units(_PLAIN_CHUNK, (w,), _plain_pieces(chunks), _multiply_plain)
@@ -190,27 +191,30 @@ def _multiply_q4k(
     dmin = [i.fmul(i.float_of_half(row[0], 1), i.number(1 / 128)) for row in rows]
     done(0)
     done(1)
-    tiles = len(sums)
-    scaled = [_zeros(i) for _ in range(tiles)]
-    minima = [_zeros(i) for _ in range(tiles)]
+    # d and dmin multiply the sums of all groups. Two tiles of columns leave no registers for such sums: there they
+    # multiply each group's scales, 11 by 6 bits and so exact, and both sums are the total.
+    apart = len(sums) == 1
+    scaled = [_zeros(i)] if apart else [list(tile) for tile in sums]
+    minima = [_zeros(i)] if apart else scaled
     for group in range(2 * len(codes)):
         words = codes[group // 2][group % 2 * 2 :]
         a = [fragment_of_nibbles(i, words[part]) for part in range(2)]
         if group % 2:
             done(2 + group // 2)
-        factors = [[i.float_of_byte(*where[group]) for where in row] for row in integers]
-        for tile in range(tiles):
+        sc, m = ([i.float_of_byte(*row[which][group]) for row in integers] for which in range(2))
+        if not apart:
+            sc = [i.fmul(*pair) for pair in zip(d, sc, strict=True)]
+            m = [i.fmul(*pair) for pair in zip(dmin, m, strict=True)]
+        for tile in range(len(sums)):
             b = x(tile, 32 * group, 4)
             ones = i.mma(constants[0], b[2:], i.mma(constants[0], b[:2], _zeros(i)))
             product = i.mma(a[1], b[2:], i.mma(a[0], b[:2], ones))
-            for half, (sc, m) in enumerate(factors):
-                for place in (2 * half + column for column in columns):
-                    scaled[tile][place] = i.fma(sc, product[place], scaled[tile][place])
-                    minima[tile][place] = i.fma(m, ones[place], minima[tile][place])
-    return [
-        _scaled_sums(i, dmin, minima[t], _scaled_sums(i, d, scaled[t], sums[t], columns), columns)
-        for t in range(tiles)
-    ]
+            scaled[tile] = _scaled_sums(i, sc, product, scaled[tile], columns)
+            minima[tile] = _scaled_sums(i, m, ones, minima[tile], columns)
+    if not apart:
+        return scaled
+    total = _scaled_sums(i, d, scaled[0], sums[0], columns)
+    return [_scaled_sums(i, dmin, minima[0], total, columns)]
 
 
 def wide_scales(i: Any, row: Registers) -> tuple[list[tuple[Register, int]], ...]:

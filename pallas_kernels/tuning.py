@@ -2,7 +2,7 @@
 
     {"device": "NVIDIA H200", "measured": {"commit": …, "time": …, …}, "configs": [
         {"kernel": "quantized_matmul.mosaic_decode", "format": "q4k", "rows": 1, "shape": [20480, 2560],
-         "config": {"tiles": 4, "warpgroups": 4, "ctas": 132}}, …]}
+         "config": {"tiles": 4, "warpgroups": 4, "ctas": 132, "units": 1}}, …]}
 
 `kernel` is the module that defines the `Config`, under `pallas_kernels`; `config` holds every field of it. Written by
 ``python -m bench.kernels --autotune``. Files are read strictly: one that says anything else is an error, not a guess.

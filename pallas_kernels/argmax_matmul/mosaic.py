@@ -11,6 +11,7 @@ run it: it serves who asks for ``implementation="mosaic"``.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -25,6 +26,14 @@ from pallas_kernels.quantized_matmul import mosaic_decode
 _VECTOR = 4
 why_not = mosaic_decode.why_not
 default_config = mosaic_decode.default_config
+mmas_per_fragment = mosaic_decode.mmas_per_fragment
+
+
+def intermediate_bytes(x: jax.Array, w: Weight) -> int:
+    """Of the candidates, written and read."""
+    tiles = w.shape[0] // ROWS
+    groups = -(-tiles // default_config(x, w).tiles)
+    return 2 * 8 * math.prod(x.shape[:-1]) * groups * (ROWS // _VECTOR)
 
 
 def argmax_matmul(x: jax.Array, w: Weight, config: Config | None = None) -> jax.Array:

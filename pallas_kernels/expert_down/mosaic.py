@@ -41,8 +41,20 @@ def default_config(h: jax.Array, w: Weight, expert_ids: jax.Array, weights: jax.
     _, n, width = w.shape
     tokens, per_token = expert_ids.shape
     return expert_blocks.fewest_turns(
-        w, tiles=tokens * n // ROWS, chunks=per_token * width // units(w).chunk
+        w, rows=1, tiles=tokens * n // ROWS, chunks=per_token * width // units(w).chunk
     )
+
+
+def mmas_per_fragment(h: jax.Array, w: Weight, expert_ids: jax.Array, weights: jax.Array) -> int:
+    """As `expert_blocks.mmas_per_fragment`."""
+    del h, weights
+    return expert_blocks.mmas_per_fragment(w, expert_ids.size)
+
+
+def intermediate_bytes(h: jax.Array, w: Weight, expert_ids: jax.Array, weights: jax.Array) -> int:
+    """Of the experts' products, written and read where they are not added up in the kernel."""
+    del h, weights
+    return 2 * 4 * expert_ids.size * w.shape[1] if expert_ids.size > MAX_SINGLE else 0
 
 
 def expert_down(

@@ -37,6 +37,12 @@ def default_config(x: jax.Array, w: Weight, expert_ids: jax.Array, scale: jax.Ar
     return expert_blocks.default_config(w, expert_ids.size, span=2)
 
 
+def mmas_per_fragment(x: jax.Array, w: Weight, expert_ids: jax.Array, scale: jax.Array) -> int:
+    """As `expert_blocks.mmas_per_fragment`."""
+    del x, scale
+    return expert_blocks.mmas_per_fragment(w, expert_ids.size)
+
+
 def expert_gate_up(
     x: jax.Array,
     w: Weight,

@@ -27,6 +27,12 @@ def default_config(x: jax.Array, w: Weight, expert_ids: jax.Array) -> Config:
     return expert_blocks.default_config(w, expert_ids.size)
 
 
+def mmas_per_fragment(x: jax.Array, w: Weight, expert_ids: jax.Array) -> int:
+    """As `expert_blocks.mmas_per_fragment`."""
+    del x
+    return expert_blocks.mmas_per_fragment(w, expert_ids.size)
+
+
 def expert_matmul(
     x: jax.Array, w: Weight, expert_ids: jax.Array, config: Config | None = None
 ) -> jax.Array:

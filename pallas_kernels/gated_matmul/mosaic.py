@@ -34,8 +34,14 @@ def default_config(x: jax.Array, w: Weight, scale: jax.Array) -> Config:
     """The number of tiles with the fewest turns; pairs of tiles stay together."""
     del x, scale
     n, k = w.shape
-    configs = (Config(tiles=tiles) for tiles in (2, 4, 8, 16))
-    return min(configs, key=lambda c: c.turns(n // ROWS, k // units(w).chunk))
+    unit = units(w)
+    return Config.fewest_turns(unit, n // ROWS, k // unit.chunk, span=2)
+
+
+def mmas_per_fragment(x: jax.Array, w: Weight, scale: jax.Array) -> int:
+    """As ``quantized_matmul``."""
+    del scale
+    return mosaic_decode.mmas_per_fragment(x, w)
 
 
 def gated_matmul(

@@ -37,15 +37,15 @@ def default_config(x: jax.Array, w: Weight) -> Config:
     if (config := tuning.tuned(Config, x, w)) is not None:
         return config
     n, k = w.shape
-    configs = (Config(tiles=tiles) for tiles in (1, 2, 4, 8, 16))
-    return min(configs, key=lambda c: c.turns(n // ROWS, k // units(w).chunk))
+    unit = units(w)
+    return Config.fewest_turns(unit, n // ROWS, k // unit.chunk)
 
 
 def configs(x: jax.Array, w: Weight) -> list[Config]:
-    """What is worth measuring: tiles, and the same warps in CTAs of half the size."""
+    """What is worth measuring: tiles; fewer warps with more registers; and as many in CTAs of half the size."""
     del x, w
-    spread = ((4, 132), (2, 264))
-    tiles = (1, 2, 4, 8, 16)
+    spread = ((4, 132), (3, 132), (2, 264))
+    tiles = (1, 2, 3, 4, 6, 8, 12, 16)
     return [
         Config(tiles=t, warpgroups=wgs, ctas=ctas)
         for wgs, ctas in spread
@@ -55,9 +55,8 @@ def configs(x: jax.Array, w: Weight) -> list[Config]:
 
 
 def mmas_per_fragment(x: jax.Array, w: Weight) -> int:
-    """Tensor-core instructions for each 16 x 16 weights: one a tile of columns, and as many of a constant operand."""
-    column_tiles = -(-math.prod(x.shape[:-1]) // 8)
-    return column_tiles * (2 if units(w).constants else 1)
+    """As `decode_matmul.mmas_per_fragment`."""
+    return decode_matmul.mmas_per_fragment(units(w), math.prod(x.shape[:-1]))
 
 
 def quantized_matmul(x: jax.Array, w: Weight, config: Config | None = None) -> jax.Array:

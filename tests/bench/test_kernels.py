@@ -9,14 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 import toy_engine
 
 from bench import kernels, report, static_kernels
-from bench.kernel_calls import KernelCase, calls
+from bench.kernel_calls import OPS, KernelCase, calls
+from bench.kernel_checks import check
 from bench.kernel_tables import Timings
-from bench.kernel_timing import Kernels, check, random_arguments
+from bench.kernel_timing import Kernels, random_arguments
 from bench.record import Record
 from pallas_kernels import tuning
 
@@ -25,10 +27,15 @@ MOSAIC = KernelCase("quantized_matmul", "e4b_down", "mosaic", "q4k", 1)
 
 
 def test_a_case_is_what_its_result_says() -> None:
-    case = KernelCase(*list(MOSAIC.to_json().values())[:-1], "tiles=2 warpgroups=4 ctas=132")
+    case = KernelCase(
+        *list(MOSAIC.to_json().values())[:-1], "tiles=2 warpgroups=4 ctas=132 units=1"
+    )
     assert KernelCase.of(case.to_json() | {"seconds": [1.0]}) == case
     assert case.config in case.call.configs
-    assert str(case) == "quantized_matmul e4b_down M=1 q4k mosaic tiles=2 warpgroups=4 ctas=132"
+    assert (
+        str(case)
+        == "quantized_matmul e4b_down M=1 q4k mosaic tiles=2 warpgroups=4 ctas=132 units=1"
+    )
 
 
 def test_an_implementation_gets_weights_in_the_order_it_takes() -> None:
@@ -38,21 +45,32 @@ def test_an_implementation_gets_weights_in_the_order_it_takes() -> None:
     assert ("small_96", "mosaic") not in found  # neither order serves it
 
 
-@pytest.mark.parametrize("op", ["quantized_matmul", "expert_matmul"])
-def test_right_results_pass_and_wrong_ones_are_seen(op: str) -> None:
-    case = KernelCase(op, "small_256", "xla", "q4k", 16, "SMALL")
-    x, w, *ids = random_arguments(case.call, case)
-    assert check(case.call, case.call.run, x, w, *ids) <= 1
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("weight_format", ["q4k", "bf16"])
+def test_right_results_pass_and_wrong_ones_are_seen(op: str, weight_format: str) -> None:
+    rows = 16 if op == "expert_matmul" else 8
+    call = KernelCase(op, "small_256", "xla", weight_format, rows, "SMALL").call
+    arguments = random_arguments(call, KernelCase(op, "small_256", "xla", weight_format, rows))
+    rule = OPS[op].rule
+    assert check(rule, call.run, *arguments) <= 1
 
-    def with_one_changed(value: float) -> Any:
-        return lambda *args: case.call.run(*args).at[-1, 3].set(value)
+    def with_last_changed(value: float) -> Any:
+        def run(*args: Any) -> jax.Array:
+            y = call.run(*args)
+            return y.at[(-1,) * y.ndim].set(value)
+
+        return run
 
     with pytest.raises(ValueError, match="not numbers, or were not written"):
-        check(case.call, with_one_changed(jnp.nan), x, w, *ids)
-    with pytest.raises(ValueError, match=r"off by .* times what rounding explains"):
-        check(case.call, with_one_changed(2.0), x, w, *ids)
+        check(rule, with_last_changed(-1 if op == "argmax_matmul" else jnp.nan), *arguments)
+    for wrong in (
+        3,
+        10**6,
+    ):  # to arg-max an index that is not the largest product's, and one beyond the last
+        with pytest.raises(ValueError, match=r"off by .* times what rounding explains"):
+            check(rule, with_last_changed(wrong), *arguments)
     with pytest.raises(ValueError, match="off by"):  # a group of 32 columns left out
-        check(case.call, lambda x, *rest: case.call.run(x.at[:, 32:64].set(0), *rest), x, w, *ids)
+        check(rule, lambda x, *rest: call.run(x.at[..., 32:64].set(0), *rest), *arguments)
 
 
 def _main(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any]]:

@@ -29,7 +29,7 @@ CONTENT: dict[str, Any] = {
             "format": "q4k",
             "rows": 8,
             "shape": [48, 256],
-            "config": {"tiles": 2, "warpgroups": 3, "ctas": 7},
+            "config": {"tiles": 2, "warpgroups": 3, "ctas": 7, "units": 1},
         }
     ],
 }
@@ -133,6 +133,14 @@ def test_a_kernel_takes_what_was_measured_for_its_weights() -> None:
 
 def test_without_a_gpu_nothing_is_looked_up() -> None:
     assert _config(8, (48, 256)) == Config(1, 4, 132)
+
+
+def test_a_kernel_has_as_many_warps_as_its_registers_leave_room_for() -> None:
+    """Q6K's four planes and what they are multiplied by do not fit the 128 registers that 16 warps leave a lane."""
+    x = jnp.zeros((1, 2560), jnp.bfloat16)
+    for weight_format, warps in (("q4k", 16), ("eq8_0", 16), ("q6k", 12)):
+        config = mosaic_decode.default_config(x, PACKED[weight_format].abstract((4096, 2560)))
+        assert (4 * config.warpgroups, warps % config.tiles) == (warps, 0)
 
 
 def test_the_files_of_the_package_are_sound() -> None:

@@ -78,7 +78,9 @@ def test_equals_the_product_of_the_values(
         ("q4k", 3, 4, 1, 2),  # more tiles than there are: the last CTA's are cut off
         ("q4k", 1, 1, 2, 1),  # fewer chunks than warps, several groups for one CTA
         ("eq8_0", 16, 2, 1, 8),  # two tiles of columns
+        ("q4k", 16, 1, 1, 4),
         ("q6k", 9, 1, 1, 2),
+        ("q6k", 2, 3, 3, 1),  # warps that are no power of two
         ("bf16", 16, 1, 1, 2),
     ],
 )
