@@ -1,20 +1,21 @@
 """``attention`` for a few queries over a long cache: bound by reading keys and values once.
 
     a block of 64 slots of a KV head's cache, 16 a warp:
-    k ──16-byte loads──▶ B fragments ─┐
-    q, in L1 ──▶ A fragments ─────────┴▶ mma.sync ─▶ scores ─▶ mask ─▶ online soft-max ─▶ A fragments ─┐
-    v ──16-byte loads──▶ pairs of slots (prmt) ──▶ B fragments ────────────────────────────────────────┴▶ mma.sync
+    q, in L1 ──▶ A fragments ─────────┐
+    k ──16-byte loads──▶ B fragments ─┴▶ mma.sync ─▶ scores ─▶ mask ─▶ online soft-max ─▶ B fragments ─┐
+    v ──16-byte loads──▶ pairs of slots (prmt) ──▶ A fragments ────────────────────────────────────────┴▶ mma.sync
     maximum, sum and values of each warp ──shared memory──▶ of the CTA ──▶ global memory ──▶ XLA adds up the CTAs
 
-All queries that read a KV head, `Q` = T * H / K of them, are the 16 rows of the products, so a slot is read once for
-them. Scores leave the first product in the order in which the second takes them. The slots of a KV head are dealt out
-to `Config.splits` CTAs block by block, so that those in use are spread over the GPU however few they are; a warp whose
-16 slots no query sees loads nothing but their positions. CTAs and warps are added up in a fixed order.
+All queries that read a KV head, `Q` = T * H / K of them, share its slots, each of which is read once: they are rows of
+the first product and columns of the second, which takes the scores in the order in which the first leaves them. The
+slots of a KV head are dealt out to `Config.splits` CTAs block by block, so that those in use are spread over the GPU
+however few they are; a warp whose 16 slots no query sees loads nothing but their positions. CTAs and warps are added
+up in a fixed order.
 
-Registers: a lane has 2 sums (4 if Q is more than 8) for every 8 columns of v. A head size of 512 would take half of all
-registers for them, and spills: XLA serves it. Shared memory: 4 warps x Q x C x 4 bytes. Bytes moved: keys and values of
-the blocks that are seen, once; 4 bytes of positions a slot; Q x C x 4 bytes a CTA of sums, written and read. Bound:
-memory. No card has run it.
+Registers: 240 a thread, of which C / 4 for sums (twice that if Q is more than 8) and C / 4 for keys on their way; two
+CTAs an SM. A head size of 512 spills: XLA serves it. Shared memory: 4 warps x Q x C x 4 bytes. Bytes moved: keys and
+values of the blocks that are seen, once; 4 bytes of positions a slot; Q x C x 4 bytes a CTA of sums, written and read.
+Bound: memory. No card has run it.
 """
 
 from __future__ import annotations
@@ -129,11 +130,13 @@ class _Kernel:
     @property
     def sums(self) -> int:
         """Registers of a lane for sums of values."""
-        return 2 * self.halves * self.head_dim // 8
+        return self.halves * self.head_dim // 4
 
     def call(self, *arguments: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """float32 values ``[B, K, splits, Q, C]``, highest score and sum of weights ``[B, K, splits, Q]``, base 2."""
         parts = (self.batch, self.kv_heads, self.splits, self.rows)
+        # Read from memory: compilers unroll a loop whose length they know, and its loads then want too many registers.
+        blocks = jnp.full((1,), -(-self.slots // (_TILE * _WARPS)), jnp.int32)
         return plgpu.kernel(
             self._body,
             out_type=(
@@ -153,14 +156,14 @@ class _Kernel:
             compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
             interpret=lanes.interpret_params(),
             kernel_name="attention_decode",
-        )(*arguments)
+        )(*arguments, blocks)
 
     def _body(self, *refs: Any) -> None:
-        inputs, outputs, (values_smem, row_smem, exchanged) = refs[:5], refs[5:8], refs[8:]
+        inputs, blocks_gmem, outputs = refs[:5], refs[5], refs[6:9]
+        values_smem, row_smem, exchanged = refs[9:]
         cta = lax.axis_index("cta")
         split = lax.rem(cta, jnp.int32(self.splits))
         pair = lax.div(cta, jnp.int32(self.splits))  # batch row and KV head
-        blocks = -(-self.slots // (_TILE * _WARPS))
 
         def one_block(turn: Any, carry: Any) -> Any:
             return lanes.run(
@@ -173,7 +176,7 @@ class _Kernel:
 
         [start] = lanes.run(self._nothing_seen, [(2 * self.halves, jnp.float32)])
         carry = [lanes.zeros(self.sums), start]
-        turns = -(-blocks // self.splits)
+        turns = lax.div(blocks_gmem[0] - split + self.splits - 1, jnp.int32(self.splits))
         carry = lax.fori_loop(0, turns, one_block, carry)
         lanes.run(self._exchange, refs=[values_smem, row_smem], arrays=carry, stores=[0, 1])
         plgpu.barrier_arrive(exchanged)
@@ -204,8 +207,8 @@ class _Kernel:
         slot = i.iadd(i.imul(batch, i.u32(self.slots)), first)
         scores = self._scores(i, q, k, batch, head, slot, wanted, g, t)
 
-        fragment: Registers = [i.u32(0)] * 4
-        rescale = []
+        b: list[Registers] = []
+        rescale: list[Registers] = []
         new_state: Registers = []
         for half in range(self.halves):
             highest, total = state[2 * half], state[2 * half + 1]
@@ -232,11 +235,11 @@ class _Kernel:
             for weight in weights:
                 total = i.fadd(total, weight)
             new_state += [best, total]
-            rescale.append(scale)
-            fragment[half] = i.bf16x2_of_floats(weights[0], weights[1])
-            fragment[2 + half] = i.bf16x2_of_floats(weights[2], weights[3])
+            # Of queries 2 t and 2 t + 1, which the lanes of rows 2 t and 2 t + 1 have.
+            rescale.append([i.shuffle(scale, i.iadd(i.shift_left(t, 3), i.u32(n))) for n in (0, 4)])
+            b.append([i.bf16x2_of_floats(*weights[:2]), i.bf16x2_of_floats(*weights[2:])])
         return [
-            self._add_values(i, v, values, rescale, fragment, head, slot, wanted, g, t),
+            self._add_values(i, v, values, rescale, b, head, slot, wanted, g, t),
             new_state,
         ]
 
@@ -313,39 +316,39 @@ class _Kernel:
         i: Any,
         v: Any,
         values: Registers,
-        rescale: Registers,
-        fragment: Registers,
+        rescale: list[Registers],
+        b: list[Registers],
         head: Any,
         slot: Any,
         wanted: Any,
         g: Any,
         t: Any,
     ) -> Registers:
-        """values * rescale + weights @ v; lane 4 g + t loads columns 8 g to 8 g + 7 of each 64 of four slots."""
+        """values * rescale + v.T @ weights: C fragments of 16 columns of v by 8 queries.
+
+        Lane 4 g + t loads columns 8 g to 8 g + 7 of each 64 of slots 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. A word of two
+        columns gives two rows of A, so that columns 8 g + 2 n and 8 g + 2 n + 1 are rows g and g + 8 of fragment n.
+        """
         row_words = self.head_dim // 2
         row = i.iadd(i.imul(i.iadd(slot, i.shift_left(t, 1)), i.u32(self.kv_heads)), head)
         word = i.iadd(i.imul(row, i.u32(row_words)), i.shift_left(g, 2))
         step = self.kv_heads * row_words
-        per_tile = 2 * self.halves
         out: Registers = []
         for block in range(self.head_dim // 64):
             four = [
                 i.load(v, word, 4, offset=s * step + 32 * block, where=wanted, streamed=True)
                 for s in (0, 1, 8, 9)
             ]
-            for column in range(8):
-                # The halves of two words: this column of slots 2 t and 2 t + 1, and of 2 t + 8 and 2 t + 9.
-                selector = 0x7632 if column % 2 else 0x5410
-                b = [
-                    i.bytes_of_two(four[s][column // 2], four[s + 1][column // 2], selector)
+            for n in range(4):
+                a = [
+                    i.bytes_of_two(four[s][n], four[s + 1][n], selector)
                     for s in (0, 2)
+                    for selector in (0x5410, 0x7632)
                 ]
-                place = per_tile * (8 * block + column)
-                c = [
-                    i.fmul(values[place + n], rescale[n // 2]) if n < per_tile else i.number(0.0)
-                    for n in range(4)
-                ]
-                out += i.mma(fragment, b, c)[:per_tile]
+                for half in range(self.halves):
+                    c = values[len(out) : len(out) + 4]
+                    c = [i.fmul(value, rescale[half][q % 2]) for q, value in enumerate(c)]
+                    out += i.mma(a, b[half], c)
         return out
 
     def _exchange(self, i: Any, refs: Any, arrays: Any, _: Any) -> list[Registers]:
@@ -353,24 +356,27 @@ class _Kernel:
         values_smem, row_smem = refs
         values, state = arrays
         g, t = i.shift_right(i.lane(), 2), i.and_(i.lane(), 3)
-        per_tile = 2 * self.halves
+        first_row = i.imul(i.warp(), i.u32(self.rows))
+        query = i.shift_left(t, 1)
+        word = i.imul(i.iadd(first_row, query), i.u32(self.head_dim))
+        word = i.iadd(word, i.shift_left(g, 3))
+        for place in range(0, self.sums, 4):
+            tile, half = divmod(place // 4, self.halves)
+            block, n = divmod(tile, 4)
+            for q in range(2):
+                is_row = i.less(i.iadd(query, i.u32(8 * half + q)), i.u32(self.rows))
+                offset = (8 * half + q) * self.head_dim + 64 * block + 2 * n
+                pair = [values[place + q], values[place + 2 + q]]
+                i.store(values_smem, word, pair, offset=offset, where=is_row)
         for half in range(self.halves):
             row = i.iadd(g, i.u32(8 * half))
             is_row = i.less(row, i.u32(self.rows))
-            at = i.iadd(i.imul(i.warp(), i.u32(self.rows)), row)
-            word = i.iadd(i.imul(at, i.u32(self.head_dim)), i.shift_left(t, 4))
-            for tile in range(self.head_dim // 8):
-                block, column = divmod(tile, 8)
-                for pair in range(2):  # columns 8 n + `column` of the block, n = 2 t and 2 t + 1
-                    offset = 64 * block + 8 * pair + column
-                    value = values[per_tile * tile + 2 * half + pair]
-                    i.store(values_smem, word, [value], offset=offset, where=is_row)
+            at = i.iadd(first_row, row)
             total = state[2 * half + 1]
             for distance in (1, 2):
                 total = i.fadd(total, i.shuffle_xor(total, distance))
             i.store(row_smem, at, [state[2 * half]], where=is_row)
-            beyond = i.u32(_WARPS * self.rows)
-            i.store(row_smem, i.iadd(at, beyond), [total], where=is_row)
+            i.store(row_smem, at, [total], offset=_WARPS * self.rows, where=is_row)
         return []
 
     def _finish(self, i: Any, refs: Any, _: Any, scalars: Any) -> list[Registers]:

@@ -68,6 +68,9 @@ class Emulated:
     def shuffle_xor(self, a: Register, distance: int) -> Register:
         return a[:, np.arange(LANES) ^ distance]
 
+    def shuffle(self, a: Register, lane: Register) -> Register:
+        return np.take_along_axis(a, np.broadcast_to(lane, a.shape).astype(np.int64), axis=1)
+
     def both(self, a: Register, b: Register) -> Register:
         return a & b
 

@@ -74,6 +74,10 @@ class Ptx:
         text = f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;"
         return self._asm(self.f32, text, "=f,f", a, effects=True)
 
+    def shuffle(self, a: Register, lane: Register) -> Register:
+        text = "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;"
+        return self._asm(self.f32, text, "=f,f,r", a, lane, effects=True)
+
     def both(self, a: Register, b: Register) -> Register:
         return arith.andi(a, b)
 

@@ -129,6 +129,9 @@ def test_lanes_of_a_row_exchange_by_distance_and_vote_by_warp() -> None:
     values = np.random.default_rng(9).standard_normal(SHAPE).astype(np.float32)
     for lane in range(LANES):
         assert np.array_equal(DEVICE.shuffle_xor(values, 2)[:, lane], values[:, lane ^ 2])
+    source = np.random.default_rng(12).integers(0, LANES, SHAPE).astype(np.uint32)
+    for warp in range(WARPS):
+        assert np.array_equal(DEVICE.shuffle(values, source)[warp], values[warp, source[warp]])
     flags = np.zeros(SHAPE, bool)
     flags[2, 17] = True
     assert np.array_equal(DEVICE.any_lane(flags)[:, 0], [False, False, True, False])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,3 +78,33 @@ def test_what_it_cannot_serve_it_says() -> None:
     assert reason(1, 64, 512) == "the head size is 512: expected 64, 128 or 256"
     assert reason(1, 60, 256) == "the cache has 60 slots: expected a multiple of 16"
     assert reason(1, 64, 256, jnp.float32) == "q has dtype float32: tensor cores take bfloat16"
+
+
+_COMPILE = """
+import json, sys
+import jax, jax.numpy as jnp
+from bench import aot, static_kernels
+from pallas_kernels.attention import mosaic
+from pallas_kernels.attention.cases import CASES
+
+jax.config.update("jax_platforms", "cpu")
+for case in sorted({c for c in CASES.values() if c.head_dim <= 256}):
+    q = jax.ShapeDtypeStruct((2, 1, case.heads, case.head_dim), jnp.bfloat16)
+    kv = jax.ShapeDtypeStruct((2, case.window, case.kv_heads, case.head_dim), jnp.bfloat16)
+    positions = [jax.ShapeDtypeStruct((2, n), jnp.int32) for n in (1, case.window)]
+    with static_kernels.dumped() as folder:
+        aot.compile_for(sys.argv[1], lambda *a: mosaic.attention(*a, window=case.window), q, kv, kv, *positions)
+        [machine] = static_kernels.read_dumps(folder)
+    print(json.dumps([*case, machine.registers, machine.spill_bytes]))
+"""
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("target", ["h200", "b200", "gb10"])
+def test_sliding_layers_compile_without_spills(target: str) -> None:
+    pytest.importorskip("jax_plugins.xla_cuda13")
+    command = [sys.executable, "-c", _COMPILE, target]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    machines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(machines) == 4
+    assert all(registers <= 255 and spilled == 0 for *_, registers, spilled in machines), machines
