@@ -49,15 +49,16 @@ class Config:
 def why_not(
     q: jax.Array, k: jax.Array, v: jax.Array, q_positions: jax.Array, kv_positions: jax.Array
 ) -> str | None:
-    """Wants bfloat16, at most 16 query rows for each KV head, C of 64, 128 or 256, and S a multiple of 16."""
+    """Wants bfloat16, C of 64, 128 or 256, at most 16 query rows for each KV head (8 at 256), and S a multiple of 16."""
     for name, array in (("q", q), ("k", k), ("v", v)):
         if array.dtype != jnp.bfloat16:
             return f"{name} has dtype {array.dtype}: tensor cores take bfloat16"
-    rows = q.shape[1] * q.shape[2] // k.shape[2]
-    if not 0 < rows <= MAX_ROWS:
-        return f"{rows} query rows read a KV head: expected 1 to {MAX_ROWS}"
-    if q.shape[3] not in (64, 128, 256):
-        return f"the head size is {q.shape[3]}: expected 64, 128 or 256"
+    rows, head_dim = q.shape[1] * q.shape[2] // k.shape[2], q.shape[3]
+    if head_dim not in (64, 128, 256):
+        return f"the head size is {head_dim}: expected 64, 128 or 256"
+    most = MAX_ROWS if head_dim <= 128 else MAX_ROWS // 2  # beyond, registers spill
+    if not 0 < rows <= most:
+        return f"{rows} query rows read a KV head: expected 1 to {most}"
     if k.shape[1] % _TILE:
         return f"the cache has {k.shape[1]} slots: expected a multiple of {_TILE}"
     return None

@@ -74,7 +74,9 @@ def test_what_it_cannot_serve_it_says() -> None:
         return mosaic.why_not(q, kv, kv, positions, positions)
 
     assert reason(1, 64, 256) is None
-    assert reason(5, 64, 256) == "20 query rows read a KV head: expected 1 to 16"
+    assert reason(3, 64, 256) == "12 query rows read a KV head: expected 1 to 8"
+    assert reason(3, 64, 128) is None
+    assert reason(5, 64, 128) == "20 query rows read a KV head: expected 1 to 16"
     assert reason(1, 64, 512) == "the head size is 512: expected 64, 128 or 256"
     assert reason(1, 60, 256) == "the cache has 60 slots: expected a multiple of 16"
     assert reason(1, 64, 256, jnp.float32) == "q has dtype float32: tensor cores take bfloat16"
