@@ -49,7 +49,7 @@ class Config:
 def why_not(
     q: jax.Array, k: jax.Array, v: jax.Array, q_positions: jax.Array, kv_positions: jax.Array
 ) -> str | None:
-    """Wants bfloat16, C of 64, 128 or 256, at most 16 query rows for each KV head (8 at 256), and S a multiple of 16."""
+    """Wants bfloat16, C of 64, 128 or 256, at most 16 query rows a KV head (8 at 256), and S a multiple of 16."""
     for name, array in (("q", q), ("k", k), ("v", v)):
         if array.dtype != jnp.bfloat16:
             return f"{name} has dtype {array.dtype}: tensor cores take bfloat16"
