@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-
-from tqdm import tqdm
+from typing import Any
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -23,14 +22,11 @@ class Progress:
 
     def __init__(self, total: int, what: str, show: bool | None = None) -> None:
         terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=total,
-            desc=what,
-            unit="B",
-            unit_scale=True,
-            file=sys.stderr,
-            disable=show is False or not terminal,
-        )
+        self._bar: Any = None
+        if terminal and show is not False:
+            from tqdm import tqdm  # slow to import
+
+            self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, file=sys.stderr)
         self._lines = show is True and not terminal
         self._what, self._total, self._done = what, total, 0
         self._started = self._last_line = time.monotonic()
@@ -44,12 +40,14 @@ class Progress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def update(self, count: int) -> None:
         """Adds `count` bytes."""
         self._done += count
-        self._bar.update(count)
+        if self._bar is not None:
+            self._bar.update(count)
         now = time.monotonic()
         finished = self._done >= self._total
         if self._lines and (finished or now - self._last_line >= _SECONDS_BETWEEN_LINES):

@@ -11,6 +11,7 @@ matmul and of the KV cache.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -372,7 +373,36 @@ class PerLayerInput(nn.Module):
 
 
 def param_shapes(config: Gemma4Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Path ("layers_0/attention/qkv") to shape of every parameter that a model of `config` has."""
+    """Path ("layers_0/attention/qkv") to shape of every parameter that a model of `config` has.
+
+    A layer of each kind is enough to know all of them: loading a checkpoint waits for this.
+    """
+    layers = range(config.num_layers)
+    kinds = [i for i in layers if config.first_like(i) == i]
+    of_kinds = dataclasses.replace(
+        config,
+        num_layers=len(kinds),
+        layer_types=tuple(config.layer_types[i] for i in kinds),
+        num_kv_shared_layers=sum(config.is_kv_shared(i) for i in kinds),
+    )
+    shapes: dict[str, jax.ShapeDtypeStruct] = {}
+    for path, leaf in _initial_shapes(of_kinds).items():
+        first, _, rest = path.partition("/")
+        # What these have for each layer lies side by side.
+        size = config.num_layers * config.ple_size
+        if path == "ple/embedding":
+            leaf = jax.ShapeDtypeStruct((leaf.shape[0], size), leaf.dtype)
+        elif path == "ple/projection":
+            leaf = jax.ShapeDtypeStruct((size, leaf.shape[1]), leaf.dtype)
+        if not first.startswith("layers_"):
+            shapes[path] = leaf
+            continue
+        kind = kinds[int(first.removeprefix("layers_"))]
+        shapes |= {f"layers_{i}/{rest}": leaf for i in layers if config.first_like(i) == kind}
+    return dict(sorted(shapes.items(), key=lambda item: item[0].split("/")))
+
+
+def _initial_shapes(config: Gemma4Config) -> dict[str, jax.ShapeDtypeStruct]:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
     def init(tokens: jax.Array) -> Params:
