@@ -128,3 +128,16 @@ def test_the_fewest_flops_of_prefill_leave_out_the_shared_layers() -> None:
     # What grows with the prompt: 15 of 35 layers, whose FFN is half as wide as the others', and the projection of
     # per-layer embeddings. What does not: the other layers and the head.
     assert 0.25 < (long - short) / 511 / short < 0.26
+
+
+def test_hand_kernels_leave_the_experts_alone_that_nobody_chooses() -> None:
+    config = published("26b_a4b", 2)
+    for weight_format in ("bf16", "q4k"):
+        _, params = static._served(config, weight_format, "mosaic")
+        left_alone = static._left_alone(config, params, "mosaic", 1)
+        # 120 of 128 experts of 704 and 2816 in two layers, gate, up and down; chunks of 64 take 5 bits.
+        bits = {"bf16": (16, 16), "q4k": (4.5, 5)}[weight_format]
+        weights = 2 * 120 * 704 * 2816
+        assert left_alone == weights * (2 * bits[0] + bits[1]) / 8
+        assert static._left_alone(config, params, "mosaic", 16) == 0
+        assert static._left_alone(config, params, "xla", 1) == 0
