@@ -20,9 +20,10 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes  # noqa: F401 - gives numpy the name "bfloat16"
 import numpy as np
@@ -151,7 +152,9 @@ def write_group(folder: Path, group: str, tree: Mapping[str, Planes]) -> None:
     import orbax.checkpoint as ocp  # half a second: only for those who convert or load
 
     # As they are, so that they can be mapped; quantized planes would not compress anyway.
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, use_compression=False, type_handler_registry=_patient_handlers()
+    )
     path = folder.absolute() / ARRAYS / group
     stored = {name.replace("/", "."): dict(planes) for name, planes in tree.items()}
     try:
@@ -167,6 +170,42 @@ def write_group(folder: Path, group: str, tree: Mapping[str, Planes]) -> None:
         if is_no_space(error):
             raise no_space(path, f"{group} ({', '.join(tree)})") from error
         raise OSError(f"cannot write {group} to {path}: {error}") from error
+
+
+def _patient_handlers() -> Any:
+    """Orbax's handler of numpy arrays, except that a failed save ends when its other writes have ended, too.
+
+    Orbax raises the first error at once; the writes beside it would go on into a folder that is being removed, and
+    would make it anew.
+    """
+    import orbax.checkpoint as ocp
+
+    class AllWrites:
+        def __init__(self, writes: Sequence[Any]) -> None:
+            self.writes = writes
+
+        def result(self, timeout: float | None = None) -> None:
+            errors = []
+            for write in self.writes:
+                try:
+                    write.result(timeout)
+                except (
+                    Exception
+                ) as error:  # whatever it is: it is raised when nothing is being written
+                    errors.append(error)
+            if errors:
+                raise errors[0]
+
+    class PatientNumpyHandler(ocp.type_handlers.NumpyHandler):  # type: ignore[misc]
+        async def serialize(
+            self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[Any] | None = None
+        ) -> Sequence[Any]:
+            writes: list[Any] = []
+            for value, info, arg in zip(values, infos, args or [None] * len(values), strict=True):
+                writes += await super().serialize([value], [info], [arg] if arg else None)
+            return [AllWrites(writes)]
+
+    return ocp.type_handlers.create_type_handler_registry((np.ndarray, PatientNumpyHandler()))
 
 
 def read_group(folder: Path, group: str) -> dict[str, Planes]:

@@ -237,6 +237,27 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
     + CONVERT
 )
 
+# The same, but small planes are still being written when a large one has failed, as on a busy disk.
+LIMITED_AND_SLOW = (
+    """
+import asyncio, threading, time
+from concurrent.futures import Future
+import orbax.checkpoint as ocp
+write = ocp.type_handlers.NumpyHandler._open_and_write
+async def write_slowly(self, value, *where):
+    if value.nbytes > 20_000:
+        return await write(self, value, *where)
+    written = Future()
+    def work():
+        time.sleep(0.5)
+        written.set_result(asyncio.run(write(self, value, *where)))
+    threading.Thread(target=work).start()
+    await asyncio.wrap_future(written)
+ocp.type_handlers.NumpyHandler._open_and_write = write_slowly
+"""
+    + LIMITED
+)
+
 ON_A_FULL_DISK = """
 import subprocess, sys
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", sys.argv[2]], check=True)
@@ -250,9 +271,10 @@ except OSError as error:
 """
 
 
-def test_a_write_that_fails_leaves_nothing(write: Write, moe_tensors: Tensors) -> None:
+@pytest.mark.parametrize("script", [LIMITED, LIMITED_AND_SLOW], ids=["fast", "slow"])
+def test_a_write_that_fails_leaves_nothing(write: Write, moe_tensors: Tensors, script: str) -> None:
     source = write(moe_tensors)
-    process = run(LIMITED, source, source.parent / "out")
+    process = run(script, source, source.parent / "out")
     _, message = process.communicate()
     assert process.returncode == 1
     assert "OSError: cannot write" in message
