@@ -1,9 +1,18 @@
 """The KV cache: keys and values of each layer that has its own, written in place under donation.
 
-Layout. Layer i holds ``keys`` and ``values``, each ``[B, S, K, C]``: two arrays, because XLA would copy the slice of
-one before multiplying with it. Global layers have ``S = capacity`` and slot s holds position s. Sliding layers have
-``S = min(window, capacity)`` and are rings: position p lives in slot ``p % S``. KV-shared layers hold nothing; they
-read the layer `Gemma4Config.kv_source` names. Keys are stored after their norm and RoPE, values after theirs.
+Layout. Layer i holds ``keys`` and ``values``, each ``[B, S, K, C]``. Global layers have ``S = capacity`` and slot s
+holds position s. Sliding layers have ``S = min(window, capacity)`` and are rings: position p lives in slot ``p % S``.
+KV-shared layers hold nothing; they read the layer `Gemma4Config.kv_source` names. Keys are stored after their norm and
+RoPE, values after theirs, both in the type of the activations.
+
+Reasons:
+
+- An array a layer, not one for all: XLA copies slices of a stack of layers; a layer's own array it updates in place.
+- Keys and values in two arrays: XLA would copy the slice of one before multiplying with it.
+- Slots before heads: a new token is one piece of ``K C`` elements of each array. A head of a slot is 256 to 1024
+  contiguous bytes, whole sectors of memory, so that a kernel which reads one head of many slots wastes nothing.
+- Keys after RoPE: each is rotated once and read many times. Order within a ring does not matter to a soft-max.
+- Positions of slots are not stored: they follow from a row's length (`slot_positions`).
 """
 
 from __future__ import annotations
@@ -113,7 +122,7 @@ def extend(
     """
     batch, slots = kv.keys.shape[:2]
     written = positions >= 0
-    end = lengths + jnp.sum(written, axis=1, dtype=jnp.int32)
+    end = _end(positions, lengths)
     kept = written & (positions >= end[:, None] - slots)
     slot = jnp.where(kept, positions % slots, slots)  # `slots` is out of range: dropped
     rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
@@ -135,9 +144,24 @@ def extend(
         before = slot_positions(slots, lengths)
         both = KeysAndValues(beside(kv.keys, new.keys), beside(kv.values, new.values))
         return updated, Context(both, jnp.concatenate([before, positions], axis=1))
-    return updated, Context(updated, slot_positions(slots, end))
+    return updated, extended_context(updated, positions, lengths)
+
+
+def extended_context(kv: KeysAndValues, positions: jax.Array, lengths: jax.Array) -> Context:
+    """The context of a chunk's queries where the cache alone, the chunk in it, holds all that they attend to.
+
+    Args:
+      kv: the layer after the chunk.
+      positions, lengths: as `extend` takes them.
+    """
+    return Context(kv, slot_positions(kv.keys.shape[1], _end(positions, lengths)))
 
 
 def stored_context(kv: KeysAndValues, lengths: jax.Array) -> Context:
     """The context of each row's last token, read from the cache alone."""
     return Context(kv, slot_positions(kv.keys.shape[1], lengths))
+
+
+def _end(positions: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Lengths after a chunk."""
+    return lengths + jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)

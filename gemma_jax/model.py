@@ -23,6 +23,7 @@ from gemma_jax.cache import (
     KeysAndValues,
     KVCache,
     extend,
+    extended_context,
     init_cache,
     stored_context,
 )
@@ -30,8 +31,10 @@ from gemma_jax.config import Gemma4Config
 from gemma_jax.moe import MixtureOfExperts
 from gemma_jax.norms import NormedInput, Residual, add_normed, rms_norm
 from gemma_jax.parameters import vector_param, weight_param
-from gemma_jax.rope import apply_rope, rope_table
+from gemma_jax.rope import rope_table
 from pallas_kernels.attention import attention
+from pallas_kernels.attention_decode import attention_decode, has_kernel
+from pallas_kernels.attention_decode.xla import prepare
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.embedding_lookup import embedding_lookup
 from pallas_kernels.gated_matmul import gated_matmul
@@ -303,24 +306,46 @@ class Attention(nn.Module):
         w_o = weight_param(self, "o", (c.hidden_size, heads * head_dim), normal)
         q_norm = vector_param(self, "q_norm", head_dim)
 
+        k_norm = vector_param(self, "k_norm", head_dim) if own else None
+        norms, window = (q_norm, k_norm), None if c.is_global(i) else c.sliding_window
+
         qkv = x.times(w_qkv, self.dtype, self.implementation)
-        shape = (*qkv.shape[:-1], projected, head_dim)
-        # One norm for all heads: q and k have a scale on top of it, v has none, and K = V shares the product.
-        qkv = rms_norm(qkv.reshape(shape), None, c.rms_norm_eps)
-        q = apply_rope(qkv[..., :heads, :] * q_norm.astype(jnp.float32), rope)
-        if own:
-            k_norm = vector_param(self, "k_norm", head_dim)
-            kv, lengths = source
-            k = qkv[..., heads : heads + kv_heads, :]
-            v = k if tied else qkv[..., heads + kv_heads :, :]
-            k = apply_rope(k * k_norm.astype(jnp.float32), rope)
-            kv, context = extend(
-                kv, KeysAndValues(k, v), positions, lengths, is_ring=not c.is_global(i)
+        kv = source.kv if isinstance(source, Context) else source[0]
+        # Of several queries a ring does not hold what the first of them see and the last overwrite.
+        is_held = c.is_global(i) or qkv.shape[1] == 1
+        if is_held and has_kernel(qkv, rope, kv, positions, heads, self.implementation):
+            out, stored = attention_decode(
+                qkv,
+                norms,
+                rope,
+                kv,
+                positions,
+                heads=heads,
+                window=window and min(window, kv.keys.shape[1]),
+                eps=c.rms_norm_eps,
+                implementation=self.implementation,
             )
+            kv = KeysAndValues(*stored)
+            if not isinstance(source, Context):
+                source = extended_context(kv, positions, source[1])
+            return quantized_matmul(out, w_o, implementation=self.implementation), kv, source
+
+        q, new = prepare(
+            qkv,
+            norms,
+            rope,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            eps=c.rms_norm_eps,
+        )
+        if isinstance(source, Context):
+            context = source
         else:
-            assert isinstance(source, Context)
-            kv, context = source.kv, source
-        window = None if c.is_global(i) else c.sliding_window
+            assert new is not None
+            kv, context = extend(
+                kv, KeysAndValues(*new), positions, source[1], is_ring=not c.is_global(i)
+            )
         out = attention(
             q.astype(self.dtype),
             context.kv.keys,

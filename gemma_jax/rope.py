@@ -29,15 +29,3 @@ def rope_table(
     frequencies = jnp.where(rotating, theta ** (-2.0 * j / head_dim), 0.0)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the pairs (j, j + C / 2) of every head of ``x`` ``[B, T, heads, C]``; float32 in, float32 out.
-
-    Source: Su et al., RoFormer (arXiv:2104.09864), in the half-split form of the published checkpoints.
-    """
-    cos, sin = (t[:, :, None, None, :] for t in table)
-    halves = x.reshape(*x.shape[:-1], 2, -1)
-    # Element-wise, so that it fuses with what reads it: halves put together again would be a kernel of their own.
-    signs = jnp.array([[-1.0], [1.0]])
-    return (halves * cos + halves[..., ::-1, :] * (signs * sin)).reshape(x.shape)

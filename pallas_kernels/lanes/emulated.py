@@ -35,6 +35,9 @@ class Emulated:
     def opaque(self, bits: int) -> Registers:
         return [self.u32(bits)] * 4
 
+    def zero_after(self, value: Register) -> Register:
+        return np.zeros_like(value, np.uint32)
+
     def lane(self) -> Register:
         return np.broadcast_to(np.arange(LANES, dtype=np.uint32), (WARPS, LANES))
 
@@ -161,6 +164,9 @@ class Emulated:
     def reciprocal(self, a: Register) -> Register:
         return np.float32(1) / a
 
+    def reciprocal_root(self, a: Register) -> Register:
+        return np.float32(1) / np.sqrt(a)
+
     def mma(self, a: Registers, b: Registers, c: Registers) -> Registers:
         product = _matrix_a(a) @ _matrix_b(b)
         # c0, c1 of row g, then those of row g + 8: [warp, half, g, t, pair]
@@ -201,6 +207,17 @@ class Emulated:
         first = np.broadcast_to(word, (WARPS, LANES)).astype(np.int64)[where] + offset
         for i, value in enumerate(values):
             ref.words[first + i] = value.view(np.uint32)[where]
+
+    def fetch_add(self, ref: Memory, word: Register, value: int, where: Register) -> Register:
+        before = np.zeros((WARPS, LANES), np.uint32)
+        words = np.broadcast_to(word, (WARPS, LANES))
+        for lane in zip(*np.nonzero(where), strict=True):
+            before[lane] = ref.words[words[lane]]
+            ref.words[words[lane]] += np.uint32(value)
+        return before
+
+    def synchronize(self) -> None:
+        """Nothing: here no lane runs ahead."""
 
 
 def _bf16_of_word(word: Register) -> np.ndarray:

@@ -37,6 +37,14 @@ class Ptx:
         sm = self._asm(self.i32, "mov.u32 $0, %smid;", "=r")
         return [arith.ori(arith.shrui(sm, constant(24 + n)), constant(bits)) for n in range(4)]
 
+    def zero_after(self, value: Register) -> Register:
+        """0, but the assembler cannot know that before it has the float32 `value`.
+
+        Added to an address it keeps a load behind the products that use up the registers which it is to fill.
+        """
+        text = "{ .reg .b32 s; mov.u32 s, %smid; shr.b32 s, s, 24; and.b32 $0, s, $1; }"
+        return self._asm(self.i32, text, "=r,r", arith.bitcast(self.i32, value))
+
     def lane(self) -> Register:
         return arith.remui(mgpu_utils.thread_idx(), constant(LANES))
 
@@ -158,6 +166,9 @@ class Ptx:
     def reciprocal(self, a: Register) -> Register:
         return self._asm(self.f32, "rcp.approx.ftz.f32 $0, $1;", "=f,f", a)
 
+    def reciprocal_root(self, a: Register) -> Register:
+        return self._asm(self.f32, "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", a)
+
     def mma(self, a: Registers, b: Registers, c: Registers) -> Registers:
         four = llvm.StructType.get_literal([self.f32] * 4)
         text = (
@@ -180,8 +191,9 @@ class Ptx:
     ) -> Registers:
         """n 32-bit words (1, 2 or 4, aligned) from ``word + offset`` of `ref` on.
 
-        Where `where` is false nothing is read, and the words are `otherwise`; None says that anything will do. Streamed
-        words bypass L1 and draw the rest of their 256 bytes into L2.
+        Where `where` is false nothing is read, and the words are `otherwise`; None says that anything will do, but then
+        the assembler keeps what the registers held: in a loop they are taken from one turn to the next. Streamed words
+        bypass L1 and draw the rest of their 256 bytes into L2.
         """
         space, pointer, width = self._pointer(ref, word)
         hints = ".L1::no_allocate.L2::256B" if streamed else ""
@@ -230,6 +242,24 @@ class Ptx:
             operands.append(arith.extui(self.i32, where))
             constraints.append("r")
         self._asm(None, text, ",".join(constraints), *operands, effects=True)
+
+    def fetch_add(self, ref: Any, word: Register, value: int, where: Register) -> Register:
+        """Adds to a word of global memory, where `where`, and returns what it was before, else 0.
+
+        What this thread wrote before, and what it knows others of its CTA to have written, every thread of the GPU sees
+        that reads the sum; and this one sees what those before it wrote (acquire and release).
+        """
+        _, pointer, width = self._pointer(ref, word)
+        text = (
+            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; "
+            f"@p atom.acq_rel.gpu.global.add.u32 $0, [$1], {value}; }}"
+        )
+        operands = [pointer, arith.extui(self.i32, where)]
+        return self._asm(self.i32, text, f"=&r,{width},r", *operands, effects=True)
+
+    def synchronize(self) -> None:
+        """The warpgroup's threads wait for each other and see what each has written."""
+        mgpu_utils.warpgroup_barrier()
 
     def _pointer(self, ref: Any, word: Register) -> tuple[str, ir.Value, str]:
         shared = mgpu_utils.is_smem_ref(ref)

@@ -141,3 +141,20 @@ def test_prmt_of_two_words_takes_bytes_of_both() -> None:
     a, b = _words(10), _words(11)
     assert np.array_equal(DEVICE.bytes_of_two(a, b, 0x5410), a & 0xFFFF | b << 16)
     assert np.array_equal(DEVICE.bytes_of_two(a, b, 0x7632), a >> 16 | b & 0xFFFF0000)
+
+
+def test_counts_go_up_where_wanted_and_return_what_was_there() -> None:
+    memory = lanes.Memory(np.array([5, 7], np.int32))
+    where = np.zeros(SHAPE, bool)
+    where[0, 3] = where[2, 1] = True
+    before = DEVICE.fetch_add(memory, DEVICE.u32(1), 1, where)
+    assert sorted(before[where]) == [7, 8]
+    assert not np.any(before[~where])
+    assert np.array_equal(memory.content(), [5, 9])
+
+
+def test_reciprocal_roots_and_zeros_that_wait() -> None:
+    values = np.random.default_rng(13).uniform(0.01, 100, SHAPE).astype(np.float32)
+    roots = DEVICE.reciprocal_root(values)
+    np.testing.assert_allclose(roots, 1 / np.sqrt(values.astype(np.float64)), rtol=2.0**-22)
+    assert not np.any(DEVICE.zero_after(values))
