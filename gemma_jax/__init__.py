@@ -26,6 +26,7 @@ True
 from gemma_jax import xla_flags
 from gemma_jax.cache import KVCache, cache_bytes, init_cache
 from gemma_jax.config import Gemma4Config
+from gemma_jax.engine import Engine, Request, Result
 from gemma_jax.generation import (
     DecodeState,
     FinishReason,
@@ -45,12 +46,15 @@ from gemma_jax.tokenizer import Tokenizer
 __all__ = [
     "Completion",
     "DecodeState",
+    "Engine",
     "FinishReason",
     "Gemma4",
     "Gemma4Config",
     "GenerateResult",
     "KVCache",
     "LanguageModel",
+    "Request",
+    "Result",
     "Sampling",
     "SamplingParams",
     "Tokenizer",
