@@ -1,7 +1,7 @@
 """The calls by which kernels are judged: every op with every named case, number of rows and weight format.
 
-`OPS` is the register: of each op the shapes of a call and what its results are held to; cases and implementations
-come from its own package.
+`OPS` is the register of products: of each op the shapes of a call and what its results are held to; cases and
+implementations come from its own package. `bench.attention_calls` has those of attention.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bench import kernel_checks
+from bench import attention_calls, kernel_checks
 from bench.aot import WEIGHT_FORMATS, abstract_weight
+from bench.attention_calls import AttentionCall
 from bench.kernel_checks import Rule
 from pallas_kernels.arrays import FORMATS
 from pallas_kernels.packed import PACKED, why_not_packed
@@ -114,6 +115,9 @@ OPS: dict[str, Op] = {
 }
 
 
+NAMES = (*OPS, attention_calls.OP)
+
+
 class Call(NamedTuple):
     """An op's implementation on one shape with weights in one format."""
 
@@ -125,9 +129,14 @@ class Call(NamedTuple):
     packed: bool  # whether the implementation wants the weights in fragment order
 
     @property
+    def rows(self) -> int:
+        """Of x."""
+        return self.shapes.x[0]
+
+    @property
     def name(self) -> str:
         """Case and rows of x."""
-        return f"{self.case} M={self.shapes.x[0]}"
+        return f"{self.case} M={self.rows}"
 
     @property
     def module(self) -> ModuleType:
@@ -142,6 +151,10 @@ class Call(NamedTuple):
     def run(self, *arguments: Any) -> jax.Array:
         """The op by this implementation."""
         return OPS[self.op].function(*arguments, implementation=self.implementation)
+
+    def check(self, run: Callable[..., jax.Array], *arguments: Any) -> float:
+        """`kernel_checks.check` by the op's rule."""
+        return kernel_checks.check(OPS[self.op].rule, run, *arguments)
 
     @property
     def configs(self) -> dict[str, Any]:
@@ -204,15 +217,17 @@ def is_hand_kernel(implementation: str) -> bool:
 def calls(
     *,
     group: str = "REAL",
-    ops: Sequence[str] = tuple(OPS),
+    ops: Sequence[str] = NAMES,
     formats: Sequence[str] = WEIGHT_FORMATS,
     implementations: Callable[[str], bool] = lambda name: name != "reference",
-) -> Iterator[Call]:
+) -> Iterator[Call | AttentionCall]:
     """Every call that its implementation serves, one shape and format after the other.
 
     An implementation gets the weights in row order if it takes them so, else in fragment order.
     """
-    for op in ops:
+    if attention_calls.OP in ops:
+        yield from attention_calls.attention_calls(group, formats, implementations)
+    for op in (op for op in ops if op in OPS):
         for case, shapes in OPS[op].group(group):
             for weight_format in formats:
                 for name, module in OPS[op].implementations.items():
@@ -247,7 +262,7 @@ class KernelCase:
         return dataclasses.asdict(self)
 
     @property
-    def call(self) -> Call:
+    def call(self) -> Call | AttentionCall:
         """What it times."""
         found = calls(
             group=self.group,
@@ -255,7 +270,7 @@ class KernelCase:
             formats=[self.format],
             implementations=lambda name: name == self.implementation,
         )
-        return next(c for c in found if (c.case, c.shapes.x[0]) == (self.case, self.rows))
+        return next(c for c in found if (c.case, c.rows) == (self.case, self.rows))
 
     def __str__(self) -> str:
         by = f"{self.implementation} {self.config}" if self.config else self.implementation

@@ -25,8 +25,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bench.kernel_calls import OPS, Call, KernelCase
-from bench.kernel_checks import check
+from bench.attention_calls import AttentionCall
+from bench.kernel_calls import Call, KernelCase
 from bench.random_weights import random_weight
 from pallas_kernels import lanes, pack_array
 
@@ -63,7 +63,7 @@ class Kernels:
         run = call.configured(case.config)
         x, w, *rest = random_arguments(call, case)
         with lanes.interpreted() if interpreted else contextlib.nullcontext():
-            error = check(OPS[call.op].rule, run, x, w, *rest)
+            error = call.check(run, x, w, *rest)
         facts = {
             "bytes": call.bytes_moved,
             "bytes_min": call.bytes_min,
@@ -134,9 +134,12 @@ def timed(program: Callable[..., Any], *arguments: Any) -> Callable[[int], float
     return run
 
 
-def random_arguments(call: Call, case: KernelCase) -> tuple[Any, ...]:
+def random_arguments(call: Call | AttentionCall, case: KernelCase) -> tuple[Any, ...]:
     """x, w, ids and scale, other ones for each case; every expert has a chance."""
-    keys = iter(jax.random.split(jax.random.key(zlib.crc32(str(case).encode())), 4))
+    key = jax.random.key(zlib.crc32(str(case).encode()))
+    if isinstance(call, AttentionCall):
+        return call.random_arguments(key)
+    keys = iter(jax.random.split(key, 4))
     w = random_weight(next(keys), call.shapes.w, call.format)
     w = pack_array(w) if call.packed else w
     x = jax.random.normal(next(keys), call.shapes.x, jnp.bfloat16)

@@ -25,8 +25,9 @@ from typing import Any
 
 from bench import plan
 from bench.aot import WEIGHT_FORMATS
+from bench.attention_calls import IMPLEMENTATIONS as OF_ATTENTION
 from bench.environment import environment
-from bench.kernel_calls import OPS, KernelCase, calls
+from bench.kernel_calls import NAMES, OPS, KernelCase, calls
 from bench.kernel_timing import Kernels
 from bench.processes import Worker, in_own_process
 from bench.record import Record
@@ -48,7 +49,7 @@ def cases(options: argparse.Namespace, group: str) -> list[KernelCase]:
         implementations=lambda name: name in options.implementation,
     ):
         if re.search(options.case, call.name):
-            what = (call.op, call.case, call.implementation, call.format, call.shapes.x[0], group)
+            what = (call.op, call.case, call.implementation, call.format, call.rows, group)
             configs = [None, *(call.configs if options.autotune else ())]
             found += [KernelCase(*what, config) for config in configs]
     return sorted(found, key=lambda case: (case.config is not None, case.rows))
@@ -152,7 +153,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:
-    names = [n for op in OPS.values() for n in op.implementations if n != "reference"]
+    tables = [*(op.implementations for op in OPS.values()), OF_ATTENTION]
+    names = [n for table in tables for n in table if n != "reference"]
     parser = argparse.ArgumentParser(
         prog="python -m bench.kernels",
         description=__doc__,
@@ -160,7 +162,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--json", type=Path, default=Path("kernels.json"), metavar="FILE", help="%(default)s")
-    add("--op", nargs="+", choices=OPS, default=list(OPS))
+    add("--op", nargs="+", choices=NAMES, default=list(NAMES))
     add("--format", nargs="+", choices=WEIGHT_FORMATS, default=list(WEIGHT_FORMATS))
     implementations = list(dict.fromkeys(names))
     add("--implementation", nargs="+", choices=implementations, default=implementations)

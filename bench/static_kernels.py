@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 import jax
 
 from bench import aot
+from bench.attention_calls import AttentionCall
 from bench.kernel_calls import Call, calls, is_hand_kernel
 from bench.prediction_model import LAUNCH_SECONDS, device
 
@@ -157,7 +158,7 @@ def disassembler() -> Path | None:
 _compiled: dict[frozenset[str], list[Machine]] = {}
 
 
-def entry(target: str, call: Call) -> dict[str, Any] | None:
+def entry(target: str, call: Call | AttentionCall) -> dict[str, Any] | None:
     """Compiles a call and returns what there is to say about it, ready for JSON; None if it has no kernel of Mosaic's.
 
     Of a call with several kernels: the most registers, shared memory and instructions per weight, and all spills.
@@ -195,7 +196,9 @@ def entry(target: str, call: Call) -> dict[str, Any] | None:
     }
 
 
-def predicted_us(target: str, call: Call, instructions_per_weight: float | None) -> float | None:
+def predicted_us(
+    target: str, call: Call | AttentionCall, instructions_per_weight: float | None
+) -> float | None:
     """The lower bound that the module's docstring describes; None without instructions."""
     if instructions_per_weight is None:
         return None

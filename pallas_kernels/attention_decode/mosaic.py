@@ -72,6 +72,22 @@ def why_not(
     return None
 
 
+def mmas_per_fragment(
+    qkv: jax.Array,
+    cache: tuple[jax.Array, jax.Array],
+    norms: tuple[jax.Array, jax.Array | None],
+    rope: tuple[jax.Array, jax.Array],
+    positions: jax.Array,
+) -> float:
+    """Tensor-core instructions for each 16 x 16 elements of the cache, in a call that brings queries alone.
+
+    Two for keys, which are the operand of 8 columns; for values one or, of more than 8 rows, two.
+    """
+    _, _, kv_heads, head_dim = cache[0].shape
+    rows = qkv.shape[1] * qkv.shape[2] // (head_dim * kv_heads)
+    return 1.5 if rows <= 8 else 2.0
+
+
 def default_config(
     qkv: jax.Array,
     rope: tuple[jax.Array, jax.Array],
