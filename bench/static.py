@@ -41,7 +41,7 @@ from bench.random_weights import abstract_params
 from gemma_jax import xla_flags
 from gemma_jax.cache import KVCache, init_cache
 from gemma_jax.config import Gemma4Config
-from gemma_jax.generation import PREFILL_CHUNK, decode_step, prefill
+from gemma_jax.generation import PREFILL_CHUNK, greedy_step, prefill
 from gemma_jax.model import Gemma4, Params
 from gemma_jax.parameters import pack_params
 from pallas_kernels.packed import PackedArray
@@ -60,8 +60,8 @@ def decode_loop(
 
     def one_token(carry: tuple[jax.Array, jax.Array, KVCache]) -> Any:
         i, token, cache = carry
-        logits, cache = decode_step(params, token, active, cache, model=model)
-        return i + 1, jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+        token, cache = greedy_step(params, token, active, cache, model=model)
+        return i + 1, token, cache
 
     carry = (jnp.int32(0), token, cache)
     _, token, cache = jax.lax.while_loop(lambda carry: carry[0] < steps, one_token, carry)

@@ -35,6 +35,7 @@ from gemma_jax.generation import (
     continue_generation,
     decode_step,
     generate,
+    greedy_step,
     prefill,
     start,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "continue_generation",
     "decode_step",
     "generate",
+    "greedy_step",
     "init_cache",
     "load",
     "prefill",

@@ -17,7 +17,8 @@ from jax import lax
 
 from gemma_jax.cache import KVCache, init_cache
 from gemma_jax.model import Gemma4, Params
-from gemma_jax.sampler import log_probabilities, sample
+from gemma_jax.norms import Residual
+from gemma_jax.sampler import is_plain, log_probabilities, sample
 from gemma_jax.sampling import SamplingParams, TokenCounts
 
 PREFILL_CHUNK = 512
@@ -135,9 +136,17 @@ def decode_step(
     Returns:
       float32 logits ``[B, V]`` of the token after it, and the cache.
     """
-    positions = jnp.where(active, cache.lengths, -1)[:, None]
-    logits, cache = _apply(model, params, token[:, None], positions, cache)
-    return logits[:, 0], cache
+    hidden, cache = _hidden(params, token, active, cache, model)
+    return _apply(model, params, hidden, method="logits")[:, 0], cache
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def greedy_step(
+    params: Params, token: jax.Array, active: jax.Array, cache: KVCache, *, model: Gemma4
+) -> tuple[jax.Array, KVCache]:
+    """`decode_step` and the arg-max of its logits, int32 ``[B]``, which then need not go to memory."""
+    hidden, cache = _hidden(params, token, active, cache, model)
+    return _apply(model, params, hidden, method="most_likely")[:, 0], cache
 
 
 @functools.partial(jax.jit, static_argnames=("model", "capacity", "top_logprobs"))
@@ -164,7 +173,8 @@ def start(
         reason=jnp.where(sampling.max_new_tokens < 1, FinishReason.LENGTH, FinishReason.UNFINISHED),
         logprobs=None,
     )
-    return _sample_next(state, logits, sampling, model, top_logprobs)
+    token, logprobs = _sample(state, logits, sampling, top_logprobs)
+    return _take(state, token, logprobs, sampling, model)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "top_logprobs"), donate_argnames="state")
@@ -178,8 +188,23 @@ def advance(
 ) -> DecodeState:
     """Feeds each unfinished row's last token to the model and samples the next; `state` is donated."""
     active = state.reason == FinishReason.UNFINISHED
-    logits, cache = decode_step(params, state.token, active, state.cache, model=model)
-    return _sample_next(state.replace(cache=cache), logits, sampling, model, top_logprobs)
+    hidden, cache = _hidden(params, state.token, active, state.cache, model)
+    state = state.replace(cache=cache)
+
+    def from_logits() -> tuple[jax.Array, Any]:
+        logits = _apply(model, params, hidden, method="logits")[:, 0]
+        return _sample(state, logits, sampling, top_logprobs)
+
+    def most_likely() -> jax.Array:
+        return _apply(model, params, hidden, method="most_likely")[:, 0]
+
+    if top_logprobs is None:
+        # All V logits go to memory only if a row wants more of them than which is the largest.
+        plain = jnp.all(is_plain(sampling) | ~active)
+        token, logprobs = lax.cond(plain, most_likely, lambda: from_logits()[0]), None
+    else:
+        token, logprobs = from_logits()
+    return _take(state, token, logprobs, sampling, model)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "capacity", "top_logprobs"))
@@ -288,17 +313,35 @@ def _apply(model: Gemma4, params: Params, *args: Any, method: str | None = None)
     return model.apply({"params": params}, *args, method=method)
 
 
-def _sample_next(
+def _hidden(
+    params: Params, token: jax.Array, active: jax.Array, cache: KVCache, model: Gemma4
+) -> tuple[Residual, KVCache]:
+    """The last layer's output for one more token ``[B]`` of each row, and the cache with it."""
+    positions = jnp.where(active, cache.lengths, -1)[:, None]
+    return _apply(model, params, token[:, None], positions, cache, method="hidden")
+
+
+def _sample(
+    state: DecodeState, logits: jax.Array, sampling: SamplingParams, top_logprobs: int | None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array] | None]:
+    """A token for every row, and of it and the most probable ones the log-probabilities, if they are asked for."""
+    with jax.named_scope("sample"):
+        token = sample(logits, sampling, state.counts, state.generated)
+        if top_logprobs is None:
+            return token, None
+        return token, log_probabilities(logits, token, top_logprobs)
+
+
+def _take(
     state: DecodeState,
-    logits: jax.Array,
+    token: jax.Array,
+    logprobs: tuple[jax.Array, jax.Array, jax.Array] | None,
     sampling: SamplingParams,
     model: Gemma4,
-    top_logprobs: int | None,
 ) -> DecodeState:
-    """Samples a token for every unfinished row and decides which rows end with it."""
+    """Gives every unfinished row its token and decides which rows end with it."""
     with jax.named_scope("sample"):
         active = state.reason == FinishReason.UNFINISHED
-        token = sample(logits, sampling, state.counts, state.generated)
         token = jnp.where(active, token, model.config.pad_id)
         generated = state.generated + active
         ends = jnp.isin(token, jnp.asarray(model.config.eos_ids, jnp.int32)) & ~sampling.ignore_eos
@@ -315,9 +358,7 @@ def _sample_next(
             token=token,
             generated=generated,
             reason=jnp.where(active, reason, state.reason),
-            logprobs=None
-            if top_logprobs is None
-            else log_probabilities(logits, token, top_logprobs),
+            logprobs=logprobs,
         )
 
 

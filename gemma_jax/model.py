@@ -32,6 +32,7 @@ from gemma_jax.moe import MixtureOfExperts
 from gemma_jax.norms import NormedInput, Residual, add_normed, rms_norm
 from gemma_jax.parameters import vector_param, weight_param
 from gemma_jax.rope import rope_table
+from pallas_kernels.argmax_matmul import argmax_matmul
 from pallas_kernels.attention import attention
 from pallas_kernels.attention_decode import attention_decode, has_kernel
 from pallas_kernels.attention_decode.xla import prepare
@@ -82,6 +83,13 @@ class Gemma4(nn.Module):
         Returns:
           float32 logits ``[B, T, V]`` and the new cache.
         """
+        h, cache = self.hidden(tokens, positions, cache)
+        return self.logits(h), cache
+
+    def hidden(
+        self, tokens: jax.Array, positions: jax.Array, cache: KVCache
+    ) -> tuple[Residual, KVCache]:
+        """What `__call__` does before the head: the residual stream after the last layer, and the new cache."""
         c = self.config
         h, ple, rope = self._start(tokens, positions, 0, c.num_layers)
         h, cache, contexts = self._own_layers(h, ple, rope, positions, cache)
@@ -89,7 +97,7 @@ class Gemma4(nn.Module):
             h = self._shared_layer(
                 i, h, ple[..., i, :] if ple is not None else None, rope, positions, contexts
             )
-        return self._head(h), cache
+        return h, cache
 
     def encode(
         self, tokens: jax.Array, positions: jax.Array, cache: KVCache
@@ -120,7 +128,7 @@ class Gemma4(nn.Module):
             for i in range(first, c.num_layers):
                 inputs = ple[..., i - first, :] if ple is not None else None
                 residual = self._shared_layer(i, residual, inputs, rope, positions, contexts)
-        return self._head(residual)
+        return self.logits(residual)
 
     def _start(
         self, tokens: jax.Array, positions: jax.Array, first: int, end: int
@@ -175,7 +183,8 @@ class Gemma4(nn.Module):
         with jax.named_scope(f"layers_{i}"):
             return self.layers[i](*args)
 
-    def _head(self, h: Residual) -> jax.Array:
+    def logits(self, h: Residual) -> jax.Array:
+        """float32 logits ``[B, T, V]`` of the token after each position of the last layer's output."""
         c = self.config
         with jax.named_scope("head"):
             normed = NormedInput.of(h, self.final_norm, c.rms_norm_eps)
@@ -183,6 +192,16 @@ class Gemma4(nn.Module):
             if c.final_logit_softcap is None:
                 return logits
             return c.final_logit_softcap * jnp.tanh(logits / c.final_logit_softcap)
+
+    def most_likely(self, h: Residual) -> jax.Array:
+        """int32 ``[B, T]``: the arg-max of the logits, which a kernel finds without writing them to memory.
+
+        The norm's factor and the soft cap are monotonic and left out.
+        """
+        with jax.named_scope("head"):
+            normed = NormedInput.of(h, self.final_norm, self.config.rms_norm_eps)
+            x = normed.x.astype(self.dtype)
+            return argmax_matmul(x, self.embed.weight, implementation=self.implementation)
 
 
 class Embedding(nn.Module):

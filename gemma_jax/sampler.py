@@ -93,6 +93,17 @@ def sample(
         return lax.cond(jnp.any(params.temperature > 0), draw, most_likely, x)
 
 
+def is_plain(params: SamplingParams) -> jax.Array:
+    """bool [B]: rows whose token is the arg-max of the logits as they are, greedy and without penalty or bias."""
+    return (
+        (params.temperature <= 0)
+        & (params.repetition_penalty == 1)
+        & (params.presence_penalty == 0)
+        & (params.frequency_penalty == 0)
+        & jnp.all(params.bias_values == 0, axis=1)
+    )
+
+
 def log_probabilities(
     logits: jax.Array, tokens: jax.Array, top_n: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

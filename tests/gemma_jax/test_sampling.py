@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from gemma_jax.sampler import _gumbel, log_probabilities, process_logits, sample
+from gemma_jax.sampler import _gumbel, is_plain, log_probabilities, process_logits, sample
 from gemma_jax.sampling import Sampling, SamplingParams, TokenCounts, stack_sampling
 
 V = 19
@@ -157,6 +157,18 @@ def test_counts_ignore_padding_and_finished_rows() -> None:
         counts = counts.add(jnp.array(step_tokens), jnp.array(active))
     np.testing.assert_array_equal(counts.output, [[0, 0, 2, 0, 0], [0, 0, 0, 0, 1]])
     np.testing.assert_array_equal(counts.prompt, [[0, 1, 1, 0, 0], [0, 0, 0, 1, 0]])
+
+
+def test_a_row_is_plain_only_if_nothing_changes_its_logits() -> None:
+    changed = [
+        Sampling(temperature=0.1),
+        Sampling(repetition_penalty=1.1),
+        Sampling(presence_penalty=-0.5),
+        Sampling(frequency_penalty=0.5),
+        Sampling(logit_bias={3: -1.0}),
+    ]
+    plain = [Sampling(), Sampling(top_k=4, top_p=0.5, seed=7, stop_ids=(5,), ignore_eos=True)]
+    assert is_plain(params_of(*plain, *changed)).tolist() == [True] * 2 + [False] * 5
 
 
 def test_penalties_and_bias_follow_their_equations() -> None:
