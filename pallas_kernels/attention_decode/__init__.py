@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 
@@ -30,6 +31,7 @@ def attention_decode(
     *,
     heads: int,
     window: int | None = None,
+    pages: jax.Array | None = None,
     eps: float = 1e-6,
     implementation: dispatch.Implementation = None,
 ) -> tuple[jax.Array, Pair]:
@@ -47,12 +49,16 @@ def attention_decode(
             norm; ``H C`` where the cache has these positions already and stays as it is.
         norms: q_norm and k_norm ``[C]``; k_norm is None if the product has no k.
         rope: cosines and sines, float32 ``[B, T, C / 2]``; pairs are (j, j + C / 2).
-        cache: keys and values ``[B, S, K, C]``. Donate them: they are then updated in place.
+        cache: keys and values ``[B, S, K, C]``, or ``[P, page, K, C]`` with `pages`. Donate them: they are then updated
+            in place.
         positions: int32 ``[B, T]``, each row's next positions in order, then -1 for padding, whose output is zero and
             which changes nothing.
         heads: H.
         window: how many positions a query looks back, or None for all; at most S, and at most ``S - T + 1`` for T > 1:
             what the last query's position overwrites the first must not miss.
+        pages: int32 ``[B, N]``, for a cache in pages: ``S = N page``, and slot s of row b is slot ``s % page`` of page
+            ``pages[b, s // page]``. Rows may share pages to which neither writes. What is named beyond a row's last
+            position need not exist.
         eps: of the norms.
         implementation: a name in ``IMPLEMENTATIONS``, or several in order of preference; None takes the first of
             the table that can serve the call.
@@ -63,12 +69,11 @@ def attention_decode(
     Raises:
         ValueError: shapes that do not fit together, or the named implementation cannot serve the call.
     """
-    _check(qkv, norms, rope, cache, positions, heads, window)
-    module = dispatch.choose(
-        "attention_decode", IMPLEMENTATIONS, implementation, qkv, rope, cache, positions, heads
-    )
+    _check(qkv, norms, rope, cache, positions, heads, window, pages)
+    args = (qkv, rope, cache, positions, heads, pages)
+    module = dispatch.choose("attention_decode", IMPLEMENTATIONS, implementation, *args)
     return module.attention_decode(
-        qkv, norms, rope, cache, positions, heads=heads, window=window, eps=eps
+        qkv, norms, rope, cache, positions, heads=heads, window=window, pages=pages, eps=eps
     )
 
 
@@ -101,6 +106,7 @@ def _check(
     positions: jax.Array,
     heads: int,
     window: int | None,
+    pages: jax.Array | None,
 ) -> None:
     keys, values = cache
     dispatch.check_floating("attention_decode", "qkv", qkv)
@@ -111,6 +117,12 @@ def _check(
             "[B, S, K, C] of one type"
         )
     batch, slots, kv_heads, head_dim = keys.shape
+    if pages is not None:
+        if pages.ndim != 2 or not jnp.issubdtype(pages.dtype, jnp.integer):
+            raise ValueError(
+                f"attention_decode: pages is {pages.dtype} {pages.shape}: expected integers [B, N]"
+            )
+        batch, slots = pages.shape[0], pages.shape[1] * slots
     widths = {head_dim * (heads + n * kv_heads): n for n in (0, 1, 2)}
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
         raise ValueError(

@@ -28,21 +28,22 @@ class TakeBlock:
         self.shape = shape
 
     def __call__(self, i: Any, refs: Any, arrays: Any, scalars: Any) -> list[Registers]:
-        """Refs: keys, values, positions, q and scores; arrays: sums of values, and of each half's rows highest score
-        and this lane's part of the sum of weights; scalars: block, batch row, KV head, tile, last position.
+        """Refs: keys, values, positions, pages, q and scores; arrays: sums of values, and of each half's rows highest
+        score and this lane's part of the sum of weights; scalars: block, batch row, KV head, tile, last position.
         """
-        keys, values, positions, q_smem, scores_smem = refs
+        keys, values, positions, pages, q_smem, scores_smem = refs
         sums, state = arrays
         block, batch, head, tile, last = scalars
         first = i.imul(block, i.u32(BLOCK))
         # Beyond it lanes read it again: a load on a condition would keep its registers from all else in the loop.
         newest = i.imin(last, i.u32(self.shape.slots - 1))
-        keys_of_slots = self._load_keys(i, keys, batch, head, first, newest)
+        most = i.iadd(newest, i.imul(first, i.u32(0xFFFFFFFF)))  # of the block, or more than it has
+        row = self.shape.block_row(i, pages, batch, block)
+        keys_of_slots = self._load_keys(i, keys, row, head, most)
 
         def load_values(part: int, after: Any = None) -> list[Registers]:
-            begin = i.iadd(first, i.u32(part * _TILE))
-            begin = begin if after is None else i.iadd(begin, after)
-            return self._load_values(i, values, batch, head, begin, newest)
+            begin = i.u32(part * _TILE) if after is None else i.iadd(after, i.u32(part * _TILE))
+            return self._load_values(i, values, row, head, begin, most)
 
         # Registers have room for the values of 64 slots beside the keys up to 256 columns, later for those of 32.
         ahead = range(WARPS if self.shape.head_dim <= 256 else WARPS // 2)
@@ -65,7 +66,7 @@ class TakeBlock:
         return [sums, list(itertools.chain.from_iterable(zip(highest, totals, strict=True)))]
 
     def _load_keys(
-        self, i: Any, keys: Any, batch: Any, head: Any, first: Any, newest: Any
+        self, i: Any, keys: Any, row: Any, head: Any, most: Any
     ) -> list[list[Registers]]:
         """Of slots g and g + 8 of this warp's 16, by 32 columns: lane t's eight.
 
@@ -73,11 +74,12 @@ class TakeBlock:
         """
         shape = self.shape
         g, t = i.shift_right(i.lane(), 2), i.and_(i.lane(), 3)
-        mine = i.iadd(first, i.imul(i.warp(), i.u32(_TILE)))
+        mine = i.imul(i.warp(), i.u32(_TILE))
         out = []
         for n in range(2):
-            slot = i.imin(i.iadd(mine, i.iadd(g, i.u32(8 * n))), newest)
-            word = i.iadd(shape.cache_word(i, batch, slot, head), i.shift_left(t, 2))
+            slot = i.imin(i.iadd(mine, i.iadd(g, i.u32(8 * n))), most)
+            word = shape.cache_word(i, i.iadd(row, slot), head)
+            word = i.iadd(word, i.shift_left(t, 2))
             offsets = range(0, shape.head_words, 16)
             out.append([i.load(keys, word, 4, offset=o, streamed=True) for o in offsets])
         return out
@@ -216,15 +218,16 @@ class TakeBlock:
         return [i.float_of_bits(bits) for bits in i.load(scores_smem, word, 2, offset=offset)]
 
     def _load_values(
-        self, i: Any, values: Any, batch: Any, head: Any, first: Any, newest: Any
+        self, i: Any, values: Any, row: Any, head: Any, begin: Any, most: Any
     ) -> list[Registers]:
-        """Of 16 slots from `first` on: words of slots 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, in this warp's columns."""
+        """Of the 16 slots from `begin` on: words of slots 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, in this warp's columns."""
         shape = self.shape
-        start = i.iadd(first, i.shift_left(i.and_(i.lane(), 3), 1))
+        start = i.iadd(begin, i.shift_left(i.and_(i.lane(), 3), 1))
         out: list[Registers] = []
         for offset in (0, 1, 8, 9):
-            slot = i.imin(i.iadd(start, i.u32(offset)), newest)
-            word = i.iadd(shape.cache_word(i, batch, slot, head), first_value_word(i, shape))
+            slot = i.imin(i.iadd(start, i.u32(offset)), most)
+            word = shape.cache_word(i, i.iadd(row, slot), head)
+            word = i.iadd(word, first_value_word(i, shape))
             pieces = (
                 i.load(values, word, shape.vector, offset=32 * piece, streamed=True)
                 for piece in range(shape.pieces)

@@ -35,13 +35,14 @@ from pallas_kernels.attention_decode import heads_of
 from pallas_kernels.attention_decode.blocks import NO_SCORE, SCORE_WORDS, TakeBlock
 from pallas_kernels.attention_decode.combine import ROWS_AT_A_TIME, Arrive, Combine, Write
 from pallas_kernels.attention_decode.prepare import Prepare
-from pallas_kernels.attention_decode.schedule import ARRIVALS, FAN, Grid, schedule
+from pallas_kernels.attention_decode.schedule import ARRIVALS, BLOCK, FAN, Grid, schedule
 from pallas_kernels.attention_decode.shape import Shape
 
 MAX_QUERIES = 8
 _HEAD_DIMS = (128, 256, 512)
-_INPUTS = ("qkv", "q_norm", "k_norm", "cos", "sin", "positions", "table", "keys", "values")
-_PREPARED = ("qkv", "q_norm", "k_norm", "cos", "sin", "positions", "keys", "values", "q_smem")
+_FOR_HEADS = ("qkv", "q_norm", "k_norm", "cos", "sin", "positions", "pages")
+_INPUTS = (*_FOR_HEADS, "table", "keys", "values")
+_PREPARED = (*_FOR_HEADS, "keys", "values", "q_smem")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ def why_not(
     cache: tuple[jax.Array, jax.Array],
     positions: jax.Array,
     heads: int,
+    pages: jax.Array | None = None,
 ) -> str | None:
     """Wants float32 products, a bfloat16 cache, C of 128, 256 or 512, and at most 8 queries a row."""
     keys, _ = cache
@@ -69,6 +71,8 @@ def why_not(
         return f"the head size is {keys.shape[3]}: expected 128, 256 or 512"
     if not 1 <= qkv.shape[1] <= MAX_QUERIES:
         return f"a row has {qkv.shape[1]} queries: expected 1 to {MAX_QUERIES}"
+    if pages is not None and keys.shape[1] % BLOCK:
+        return f"a page has {keys.shape[1]} slots: expected a multiple of {BLOCK}"
     return None
 
 
@@ -94,6 +98,7 @@ def default_config(
     cache: tuple[jax.Array, jax.Array],
     positions: jax.Array,
     heads: int,
+    pages: jax.Array | None = None,
 ) -> Config:
     """The same for every call."""
     return Config()
@@ -108,12 +113,15 @@ def attention_decode(
     *,
     heads: int,
     window: int | None,
+    pages: jax.Array | None = None,
     eps: float,
     config: Config | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """See `pallas_kernels.attention_decode.attention_decode`."""
     config = config or default_config(qkv, rope, cache, positions, heads)
-    batch, slots, kv_heads, head_dim = cache[0].shape
+    kv_heads, head_dim = cache[0].shape[2:]
+    batch, page = len(positions), cache[0].shape[1]
+    slots = page if pages is None else page * pages.shape[1]
     _, key_heads, value_heads = heads_of(qkv, cache, heads)
     q_norm = norms[0]
     k_norm = norms[1] if norms[1] is not None else q_norm
@@ -131,10 +139,12 @@ def attention_decode(
         window=window,
         eps=eps,
         bf16_norms=q_norm.dtype == jnp.bfloat16,
+        page=None if pages is None else page,
     )
     grid = Grid(batch, kv_heads * shape.tiles, shape.tiles, slots, config.ctas)
     positions = positions.astype(jnp.int32)
-    arrays = (qkv, q_norm, k_norm, *rope, positions, schedule(positions, grid))
+    where = positions if pages is None else pages.astype(jnp.int32)
+    arrays = (qkv, q_norm, k_norm, *rope, positions, where, schedule(positions, grid))
     if not key_heads:
         return _Kernel(shape, grid).call(*arrays, *cache), cache
     # Refs are updated in place, where XLA may; values are given to the kernel as they are read.
@@ -192,18 +202,18 @@ class _Kernel:
                 Prepare(self.shape, _PREPARED),
                 refs=[named[name] for name in _PREPARED],
                 scalars=[batch, head, tile, first, end],
-                stores=[6, 7, 8] if has_own else [8],
+                stores=[7, 8, 9] if has_own else [9],
             )
 
             def one_block(block: Any, carry: Any) -> Any:
-                used = [named[name] for name in ("keys", "values", "positions")]
+                used = [named[name] for name in ("keys", "values", "positions", "pages")]
                 return lanes.run(
                     TakeBlock(self.shape),
                     [(self.shape.sums, jnp.float32), (2 * self.shape.halves, jnp.float32)],
                     refs=[*used, q_smem, scores_smem],
                     arrays=carry,
                     scalars=[block, batch, head, tile, last],
-                    stores=[4],
+                    stores=[5],
                 )
 
             carry = [lanes.zeros(self.shape.sums), _nothing_seen(self.shape.halves)]

@@ -29,7 +29,7 @@ class _Head:
 
 
 class Prepare:
-    """The program's refs by name: qkv, q_norm, k_norm, cos, sin, positions, keys, values, q_smem."""
+    """The program's refs by name: qkv, q_norm, k_norm, cos, sin, positions, pages, keys, values, q_smem."""
 
     def __init__(self, shape: Shape, names: tuple[str, ...]) -> None:
         self.shape, self.names = shape, names
@@ -75,7 +75,10 @@ class Prepare:
             is_position = i.less(position, i.u32(1 << 31))
             in_run = i.both(i.less(block, end), i.less(first, i.iadd(block, i.u32(1))))
             exists = i.both(is_position, in_run)
-            word = shape.cache_word(i, batch, slot, head)
+            # Of a block of the run, where this one is none of it: a row of pages has that block.
+            row = shape.block_row(i, ref["pages"], batch, i.select(in_run, block, first))
+            row = i.iadd(row, i.irem(slot, i.u32(BLOCK)))
+            word = shape.cache_word(i, row, head)
             k = i.iadd(head, i.u32(shape.heads))
             v = i.iadd(k, i.u32(shape.value_heads))  # k's own where K = V
             news += [

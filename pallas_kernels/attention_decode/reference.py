@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -17,10 +19,13 @@ def attention_decode(
     *,
     heads: int,
     window: int | None,
+    pages: jax.Array | None = None,
     eps: float,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """See `pallas_kernels.attention_decode.attention_decode`."""
     keys, values = cache
+    if pages is not None:
+        return _in_pages(qkv, norms, rope, cache, positions, pages, heads, window, eps)
     batch, slots, kv_heads, head_dim = keys.shape
     cos, sin = (table[:, :, None] for table in rope)
 
@@ -44,12 +49,39 @@ def attention_decode(
     return out.reshape(*qkv.shape[:2], -1), (keys, values)
 
 
+def _in_pages(
+    qkv: jax.Array,
+    norms: tuple[jax.Array, jax.Array | None],
+    rope: tuple[jax.Array, jax.Array],
+    cache: tuple[jax.Array, jax.Array],
+    positions: jax.Array,
+    pages: jax.Array,
+    heads: int,
+    window: int | None,
+    eps: float,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """By copies of the rows' pages, put side by side; those that were written go back."""
+    page = cache[0].shape[1]
+    keys, values = (x[pages].reshape(len(pages), -1, *x.shape[2:]) for x in cache)
+    options: dict[str, Any] = {"heads": heads, "window": window, "eps": eps}
+    out, rows = attention_decode(qkv, norms, rope, (keys, values), positions, **options)
+    index = positions % rows[0].shape[1]
+    at = jnp.take_along_axis(pages, index // page, axis=1)
+    at = jnp.where(positions < 0, len(cache[0]), at)  # beyond the last: dropped
+    new = (jnp.take_along_axis(x, index[..., None, None], axis=1) for x in rows)
+    keys, values = (
+        x.at[at, index % page].set(n, mode="drop") for x, n in zip(cache, new, strict=True)
+    )
+    return out, (keys, values)
+
+
 def why_not(
     qkv: jax.Array,
     rope: tuple[jax.Array, jax.Array],
     cache: tuple[jax.Array, jax.Array],
     positions: jax.Array,
     heads: int,
+    pages: jax.Array | None = None,
 ) -> str | None:
     """The definition serves every call."""
     return None

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from pallas_kernels.attention_decode.schedule import BLOCK
 from pallas_kernels.lanes import Register
 
 TILE_ROWS = 16  # rows of a tensor-core product
@@ -21,6 +22,7 @@ class Shape:
     heads: query heads H; `key_heads` and `value_heads` are those of k and v in the product.
     window, eps: as the op takes them.
     bf16_norms: whether the norms' weights are bfloat16 and not float32.
+    page: slots of a page, a multiple of a block, or None where the rows of the cache are those of the batch.
     """
 
     batch: int
@@ -34,6 +36,7 @@ class Shape:
     window: int | None
     eps: float
     bf16_norms: bool
+    page: int | None
 
     @property
     def group(self) -> int:
@@ -85,9 +88,19 @@ class Shape:
         """Words from one row of q in shared memory to the next."""
         return self.head_words + PADDING
 
-    def cache_word(self, i: Any, batch: Any, slot: Any, head: Any) -> Register:
-        """Where a slot's head begins in keys and in values."""
-        row = i.iadd(i.imul(batch, i.u32(self.slots)), slot)
+    def block_row(self, i: Any, pages: Any, batch: Any, block: Any) -> Register:
+        """Which slot of the whole cache a block of a row of the batch begins with."""
+        first = i.imul(block, i.u32(BLOCK))
+        if self.page is None:
+            return i.iadd(i.imul(batch, i.u32(self.slots)), first)
+        table = i.iadd(
+            i.imul(batch, i.u32(self.slots // self.page)), i.idiv(first, i.u32(self.page))
+        )
+        [number] = i.load(pages, table, 1)
+        return i.iadd(i.imul(number, i.u32(self.page)), i.irem(first, i.u32(self.page)))
+
+    def cache_word(self, i: Any, row: Any, head: Any) -> Register:
+        """Where the head of a slot of the whole cache begins in keys and in values."""
         return i.imul(i.iadd(i.imul(row, i.u32(self.kv_heads)), head), i.u32(self.head_words))
 
     def row_of(self, i: Any, tile: Any, row: Any) -> tuple[Register, Register, Register]:

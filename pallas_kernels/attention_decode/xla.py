@@ -17,25 +17,36 @@ def attention_decode(
     *,
     heads: int,
     window: int | None,
+    pages: jax.Array | None = None,
     eps: float,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """See `pallas_kernels.attention_decode.attention_decode`."""
-    keys, values = cache
-    slots, head_dim = keys.shape[1], keys.shape[3]
-    q, new = prepare(
-        qkv, norms, rope, heads=heads, kv_heads=keys.shape[2], head_dim=head_dim, eps=eps
-    )
+    kv_heads, head_dim = cache[0].shape[2:]
+    q, new = prepare(qkv, norms, rope, heads=heads, kv_heads=kv_heads, head_dim=head_dim, eps=eps)
+    page = cache[0].shape[1]
+    slots = page if pages is None else page * pages.shape[1]
     if new is not None:
-        slot = jnp.where(positions < 0, slots, positions % slots)  # beyond the last: dropped
-        rows = jnp.arange(keys.shape[0], dtype=jnp.int32)[:, None]
+        slot = positions % slots
+        row = jnp.arange(len(positions), dtype=jnp.int32)[:, None]
+        if pages is not None:
+            row = jnp.take_along_axis(pages, slot // page, axis=1)
+        row = jnp.where(positions < 0, len(cache[0]), row)  # beyond the last: dropped
+        at = (row, slot % page)
         keys, values = (
-            old.at[rows, slot].set(new.astype(old.dtype), mode="drop", unique_indices=True)
-            for old, new in zip((keys, values), new, strict=True)
+            old.at[at].set(x.astype(old.dtype), mode="drop", unique_indices=True)
+            for old, x in zip(cache, new, strict=True)
         )
+        cache = (keys, values)
     last = jnp.max(positions, axis=1, keepdims=True)
     held = last - (last - jnp.arange(slots, dtype=jnp.int32)) % slots
+    # Pages are put side by side: a copy of what all rows may hold.
+    keys, values = (x if pages is None else _rows(x, pages) for x in cache)
     out = xla.attention(q.astype(keys.dtype), keys, values, positions, held, window=window)
-    return out.reshape(*out.shape[:2], heads * head_dim), (keys, values)
+    return out.reshape(*out.shape[:2], heads * head_dim), cache
+
+
+def _rows(x: jax.Array, pages: jax.Array) -> jax.Array:
+    return x[pages].reshape(len(pages), -1, *x.shape[2:])
 
 
 def prepare(
@@ -78,6 +89,7 @@ def why_not(
     cache: tuple[jax.Array, jax.Array],
     positions: jax.Array,
     heads: int,
+    pages: jax.Array | None = None,
 ) -> str | None:
     """XLA serves every call."""
     return None

@@ -116,6 +116,11 @@ def check(implementation: str, case: Case, positions: list[list[int]], slots: in
                 *call, heads=case.heads, window=case.window, eps=EPS, implementation=implementation
             )
         )(arguments)
+    agrees(call, case, out, cache)
+
+
+def agrees(call: Call, case: Case, out: jax.Array, cache: tuple[jax.Array, jax.Array]) -> None:
+    """`out` and `cache` are what the definition says."""
     want, want_cache = definition(call, case, case.window)
     for got, expected, old in zip(cache, want_cache, call.cache, strict=True):
         got = np.asarray(got)
@@ -186,6 +191,37 @@ def test_drafts_in_a_ring_with_room_for_them(implementation: str) -> None:
     check(implementation, Case(2, 1, 128, 69, 2), [[98, 99, 100, 101]], 72)
 
 
+@implementations
+@pytest.mark.parametrize(("page", "own"), [(64, 4), (128, 2), (64, 0)])
+def test_a_cache_in_pages_is_that_of_rows_put_together(
+    implementation: str, page: int, own: int
+) -> None:
+    """Pages lie in any order, two rows share their first, and names beyond a row's last position mean nothing."""
+    case = Case(4, 2, 128, None, own)
+    pages = np.arange(12)[::-1].reshape(3, 4)[:, : 256 // page].copy()
+    call = draw(case, [[page + 7], [page], [-1]], 256)
+    pages[1, 0] = pages[0, 0]
+    beyond = np.arange(pages.shape[1]) * page > call.positions
+    cache = [np.zeros((12, page, 2, 128), x.dtype) for x in call.cache]
+    for paged, rows in zip(cache, call.cache, strict=True):
+        rows = rows.copy()
+        rows[1, :page] = rows[0, :page]
+        paged[pages.reshape(-1)] = rows.reshape(-1, page, 2, 128)
+    in_rows = [paged[pages].reshape(3, 256, 2, 128) for paged in cache]
+    named = np.where(beyond, 10**6, pages)
+    with lanes.interpreted():
+        out, got = jax.jit(
+            lambda call, named: attention_decode(
+                *call, heads=4, pages=named, eps=EPS, implementation=implementation
+            )
+        )(jax.tree.map(jnp.asarray, call._replace(cache=tuple(cache))), jnp.asarray(named))
+    held = tuple(np.asarray(paged)[pages].reshape(3, 256, 2, 128) for paged in got)
+    agrees(call._replace(cache=tuple(in_rows)), case, out, held)
+    unnamed = np.setdiff1d(np.arange(12), pages)
+    for paged, old in zip(got, cache, strict=True):
+        assert np.array_equal(np.asarray(paged)[unnamed], old[unnamed])
+
+
 def test_what_lies_beyond_a_row_is_not_read() -> None:
     """It may be anything: even a weight of zero would let a NaN through."""
     case = Case(2, 1, 128, None, 2)
@@ -212,6 +248,8 @@ def test_what_lies_beyond_a_row_is_not_read() -> None:
         ({"positions": (1, 2)}, "positions has shape (1, 2): expected (1, 1)"),
         ({"values": (1, 16, 2, 128)}, "expected twice [B, S, K, C] of one type"),
         ({"window": 17}, "window is 17: expected None or 1 to 16 for 1 queries over 16 slots"),
+        ({"pages": np.zeros(3, int)}, "pages is int64 (3,): expected integers [B, N]"),
+        ({"pages": np.zeros((2, 1), int)}, "expected [2, T, N]"),
         ({"heads": 0}, "heads = 0: expected a multiple of 1 KV heads"),
     ],
 )
@@ -225,7 +263,7 @@ def test_what_does_not_fit_is_named(change: dict, message: str) -> None:
         "values": (1, 16, 1, 128),
         "positions": (1, 1),
     }
-    options = {"heads": 2, "window": None}
+    options = {"heads": 2, "window": None, "pages": None}
     options |= {k: v for k, v in change.items() if k in options}
     shapes |= {k: v for k, v in change.items() if k in shapes}
     x = {name: None if shape is None else jnp.zeros(shape) for name, shape in shapes.items()}
@@ -242,20 +280,30 @@ def test_what_does_not_fit_is_named(change: dict, message: str) -> None:
 
 def test_what_the_kernel_cannot_serve_it_says() -> None:
     def reason(
-        t: int = 1, c: int = 256, cache: jnp.dtype = jnp.bfloat16, qkv: jnp.dtype = jnp.float32
+        t: int = 1,
+        c: int = 256,
+        cache: jnp.dtype = jnp.bfloat16,
+        qkv: jnp.dtype = jnp.float32,
+        page: int = 64,
+        pages: jax.Array | None = None,
     ) -> str | None:
         table = jax.ShapeDtypeStruct((1, t, c // 2), jnp.float32)
-        kv = jax.ShapeDtypeStruct((1, 64, 1, c), cache)
+        kv = jax.ShapeDtypeStruct((1, page, 1, c), cache)
         return IMPLEMENTATIONS["mosaic"].why_not(
             jax.ShapeDtypeStruct((1, t, 4 * c), qkv),
             (table, table),
             (kv, kv),
             jax.ShapeDtypeStruct((1, t), jnp.int32),
             2,
+            pages,
         )
 
     assert reason() is None
     assert reason(t=8, c=512) is None
+    assert reason(pages=jnp.zeros((1, 1), int)) is None
+    assert reason(page=80, pages=jnp.zeros((1, 1), int)) == (
+        "a page has 80 slots: expected a multiple of 64"
+    )
     assert reason(t=9) == "a row has 9 queries: expected 1 to 8"
     assert reason(c=64) == "the head size is 64: expected 128, 256 or 512"
     assert reason(cache=jnp.float32) == ("the cache has dtype float32: tensor cores take bfloat16")

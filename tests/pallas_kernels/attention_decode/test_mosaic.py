@@ -60,7 +60,7 @@ def test_the_last_of_a_group_knows_it_and_leaves_the_table_as_it_was(members: in
 
 
 _COMPILE = """
-import functools, json, sys
+import json, sys
 import jax, jax.numpy as jnp
 from bench import aot, hlo, static_kernels
 from pallas_kernels.attention_decode import mosaic
@@ -69,27 +69,37 @@ from pallas_kernels.attention_decode.cases import CASES
 jax.config.update("jax_platforms", "cpu")
 S = jax.ShapeDtypeStruct
 for case in dict.fromkeys(CASES.values()):  # a kernel is dumped once in a process
-    for batch, queries in ((1, 1), (2, 4)):
-        if queries > 1 and case.window:
+    c, slots = case.head_dim, case.window or 4096
+    norm = S((c,), jnp.bfloat16)
+    for batch, queries, paged in ((1, 1, False), (2, 4, False), (2, 1, True)):
+        # Those with 4 and 16 heads of queries a KV head stand for the others.
+        if (queries > 1 or paged) and case not in (CASES["e4b_global"], CASES["12b_global"]):
             continue
-        c, slots = case.head_dim, case.window or 4096
-        norm, table = S((c,), jnp.bfloat16), S((batch, queries, c // 2), jnp.float32)
+        table = S((batch, queries, c // 2), jnp.float32)
         cache = S((batch, slots, case.kv_heads, c), jnp.bfloat16)
+        pages = S((batch, 8), jnp.int32) if paged else None
         arguments = (
             S((batch, queries, (case.heads + case.own) * c), jnp.float32),
             (norm, norm if case.own else None),
             (table, table),
             (cache, cache),
             S((batch, queries), jnp.int32),
+            pages,
         )
-        op = functools.partial(mosaic.attention_decode, heads=case.heads, window=case.window, eps=1e-6)
+
+        def op(*args):
+            *args, pages = args
+            return mosaic.attention_decode(
+                *args, heads=case.heads, window=case.window, pages=pages, eps=1e-6
+            )
+
         with static_kernels.dumped() as folder:
             program = aot.compile_for(sys.argv[1], op, *arguments, donate_argnums=(3,))
             machines = static_kernels.read_dumps(folder)
         text = program.as_text()
         kernels = [k.op for k in hlo.kernels(*hlo.parse(text))]
         print(json.dumps({
-            "case": f"{case} B={batch} T={queries}",
+            "case": f"{case} B={batch} T={queries} paged={paged}",
             "hand": kernels.count("custom-call"),
             "copies": sum(op.startswith("copy") for op in kernels),
             "registers": max((m.registers for m in machines), default=0),
@@ -105,7 +115,7 @@ def test_every_layer_is_one_kernel_that_spills_nothing_and_copies_no_cache(targe
     command = [sys.executable, "-c", _COMPILE, target]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(found) == 11 + 6
+    assert len(found) == 11 + 2 * 2
     for entry in found:
         assert entry["registers"] <= 255, entry
         assert (entry["hand"], entry["copies"], entry["spilled"]) == (1, 0, 0), entry
