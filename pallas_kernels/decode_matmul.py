@@ -116,9 +116,9 @@ def multiply(x: jax.Array, unit: Units, product: Product, config: Config) -> jax
     return _kernel(unit, product, config)(x, *unit.planes, *product.tables)
 
 
-def mmas_per_fragment(unit: Units, rows: int) -> int:
-    """Tensor-core instructions for each 16 x 16 weights: one a tile of columns, and as many of a constant operand."""
-    return -(-rows // 8) * (2 if unit.constants else 1)
+def mmas_per_fragment(unit: Units, rows: int) -> float:
+    """Tensor-core instructions for each 16 x 16 weights, of all tiles of columns."""
+    return -(-rows // 8) * unit.mmas
 
 
 def gelu(i: Any, x: Any) -> Any:
@@ -273,7 +273,7 @@ def _kernel(unit: Units, product: Product, config: Config) -> Any:
         cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
         tables = sources[tables_from:]
         tiles = product.tiles_in_use(tables) if product.tiles_in_use else jnp.int32(product.tiles)
-        constants = [lanes.opaque(bits) for bits in unit.constants]
+        constants = [lanes.constant_array(make) for make in unit.constants]
         held = (config.units * unit.registers, jnp.uint32)
 
         def one_group(index: Any, registers: Any) -> Any:

@@ -151,7 +151,7 @@ def why_not(x: jax.Array, w: Weight, expert_ids: jax.Array) -> str | None:
     return why_no_units(w)
 
 
-def mmas_per_fragment(w: Weight, pairs: int) -> int:
+def mmas_per_fragment(w: Weight, pairs: int) -> float:
     """As `decode_matmul.mmas_per_fragment`, a block's pairs being the rows."""
     return decode_matmul.mmas_per_fragment(units(w), block_size(pairs, w.shape[0]))
 

@@ -16,7 +16,13 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.fragments import MAGIC, Done, fragment_of_nibbles, narrow_scales, wide_scales
+from pallas_kernels.fragment_products import (
+    MAGIC,
+    Done,
+    fragment_of_nibbles,
+    narrow_scales,
+    wide_scales,
+)
 from pallas_kernels.lanes import Register, Registers
 from pallas_kernels.packed import PackedArray, PackedEQ8_0, PackedQ4K, PackedQ6K
 

@@ -45,7 +45,7 @@ def default_config(h: jax.Array, w: Weight, expert_ids: jax.Array, weights: jax.
     )
 
 
-def mmas_per_fragment(h: jax.Array, w: Weight, expert_ids: jax.Array, weights: jax.Array) -> int:
+def mmas_per_fragment(h: jax.Array, w: Weight, expert_ids: jax.Array, weights: jax.Array) -> float:
     """As `expert_blocks.mmas_per_fragment`."""
     del h, weights
     return expert_blocks.mmas_per_fragment(w, expert_ids.size)

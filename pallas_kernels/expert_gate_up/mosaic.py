@@ -37,7 +37,7 @@ def default_config(x: jax.Array, w: Weight, expert_ids: jax.Array, scale: jax.Ar
     return expert_blocks.default_config(w, expert_ids.size, span=2)
 
 
-def mmas_per_fragment(x: jax.Array, w: Weight, expert_ids: jax.Array, scale: jax.Array) -> int:
+def mmas_per_fragment(x: jax.Array, w: Weight, expert_ids: jax.Array, scale: jax.Array) -> float:
     """As `expert_blocks.mmas_per_fragment`."""
     del x, scale
     return expert_blocks.mmas_per_fragment(w, expert_ids.size)

@@ -27,7 +27,7 @@ def default_config(x: jax.Array, w: Weight, expert_ids: jax.Array) -> Config:
     return expert_blocks.default_config(w, expert_ids.size)
 
 
-def mmas_per_fragment(x: jax.Array, w: Weight, expert_ids: jax.Array) -> int:
+def mmas_per_fragment(x: jax.Array, w: Weight, expert_ids: jax.Array) -> float:
     """As `expert_blocks.mmas_per_fragment`."""
     del x
     return expert_blocks.mmas_per_fragment(w, expert_ids.size)

@@ -38,7 +38,7 @@ def default_config(x: jax.Array, w: Weight, scale: jax.Array) -> Config:
     return Config.fewest_turns(unit, n // ROWS, k // unit.chunk, span=2)
 
 
-def mmas_per_fragment(x: jax.Array, w: Weight, scale: jax.Array) -> int:
+def mmas_per_fragment(x: jax.Array, w: Weight, scale: jax.Array) -> float:
     """As ``quantized_matmul``."""
     del scale
     return mosaic_decode.mmas_per_fragment(x, w)

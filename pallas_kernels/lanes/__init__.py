@@ -45,12 +45,12 @@ __all__ = [
     "Registers",
     "array_of",
     "array_type",
+    "constant_array",
     "in_turn",
     "interpret_params",
     "interpreted",
     "is_interpreted",
     "layout",
-    "opaque",
     "run",
     "unpack",
     "zeros",
@@ -90,12 +90,9 @@ def zeros(n: int) -> jax.Array:
     return value if is_interpreted() else plgpu.layout_cast(value, layout(n))
 
 
-def opaque(bits: int) -> jax.Array:
-    """Four registers of every lane that hold `bits`, which the assembler cannot know: uint32 ``[4, 32, 4]``.
-
-    It would otherwise make a constant operand of ``mma.sync`` anew for each use, at four instructions a time.
-    """
-    [out] = run(lambda i, *_: [i.opaque(bits)], [(4, U32)])
+def constant_array(make: Callable[[Any], Registers]) -> jax.Array:
+    """Four registers of every lane, as ``make(instructions)`` gives them: uint32 ``[4, 32, 4]``."""
+    [out] = run(lambda i, *_: [make(i)], [(4, U32)])
     return out
 
 

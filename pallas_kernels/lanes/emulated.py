@@ -62,6 +62,9 @@ class Emulated:
     def less(self, a: Register, b: Register) -> Register:
         return a < b
 
+    def equal(self, a: Register, b: Register) -> Register:
+        return a == b
+
     def either(self, a: Register, b: Register) -> Register:
         return a | b
 
@@ -115,12 +118,15 @@ class Emulated:
         return out
 
     def bytes_of_two(self, a: Register, b: Register, selector: int) -> Register:
+        return self.bytes_at(a, b, self.u32(selector))
+
+    def bytes_at(self, a: Register, b: Register, selector: Register) -> Register:
         out = np.zeros_like(a)
         for place in range(4):
-            which = (selector >> (4 * place)) & 15
-            assert which < 8, "sign replication is not modelled"
-            byte = ((a, b)[which // 4] >> np.uint32(8 * (which % 4))) & np.uint32(255)
-            out |= byte << np.uint32(8 * place)
+            which = (selector >> np.uint32(4 * place)) & np.uint32(15)
+            assert np.all(which < 8), "sign replication is not modelled"
+            word = np.where(which < 4, a, b)
+            out |= (word >> 8 * (which % 4) & np.uint32(255)) << np.uint32(8 * place)
         return out
 
     def bf16x2_of_floats(self, low: Register, high: Register) -> Register:
@@ -128,6 +134,9 @@ class Emulated:
 
     def subtract_bf16x2(self, a: Register, b: Register) -> Register:
         return _word_of_bf16(_bf16_of_word(a) - _bf16_of_word(b))
+
+    def fma_bf16x2(self, a: Register, b: Register, c: Register) -> Register:
+        return _word_of_bf16(_bf16_of_word(a) * _bf16_of_word(b) + _bf16_of_word(c))
 
     def float_of_half(self, a: Register, place: int) -> Register:
         half = (a >> np.uint32(16 * place)).astype(np.uint16)
@@ -145,6 +154,9 @@ class Emulated:
 
     def fadd(self, a: Register, b: Register) -> Register:
         return a + b
+
+    def fsub(self, a: Register, b: Register) -> Register:
+        return a - b
 
     def fmax(self, a: Register, b: Register) -> Register:
         return np.maximum(a, b)
@@ -168,6 +180,9 @@ class Emulated:
         return np.float32(1) / np.sqrt(a)
 
     def mma(self, a: Registers, b: Registers, c: Registers) -> Registers:
+        if len(b) == 1:  # eight columns of A: those that a2 and a3 hold are zeros
+            zero = self.u32(0)
+            a, b = [*a, zero, zero], [*b, zero]
         product = _matrix_a(a) @ _matrix_b(b)
         # c0, c1 of row g, then those of row g + 8: [warp, half, g, t, pair]
         by_lane = product.reshape(WARPS, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4)

@@ -70,6 +70,9 @@ class Ptx:
     def less(self, a: Register, b: Register) -> Register:
         return arith.cmpi(arith.CmpIPredicate.ult, a, b)
 
+    def equal(self, a: Register, b: Register) -> Register:
+        return arith.cmpi(arith.CmpIPredicate.eq, a, b)
+
     def either(self, a: Register, b: Register) -> Register:
         return arith.ori(a, b)
 
@@ -123,11 +126,18 @@ class Ptx:
     def bytes_of_two(self, a: Register, b: Register, selector: int) -> Register:
         return self._asm(self.i32, f"prmt.b32 $0, $1, $2, {selector:#x};", "=r,r,r", a, b)
 
+    def bytes_at(self, a: Register, b: Register, selector: Register) -> Register:
+        """`bytes_of_two` by a selector that the lane has computed."""
+        return self._asm(self.i32, "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", a, b, selector)
+
     def bf16x2_of_floats(self, low: Register, high: Register) -> Register:
         return self._asm(self.i32, "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", low, high)
 
     def subtract_bf16x2(self, a: Register, b: Register) -> Register:
         return self._asm(self.i32, "sub.rn.bf16x2 $0, $1, $2;", "=r,r,r", a, b)
+
+    def fma_bf16x2(self, a: Register, b: Register, c: Register) -> Register:
+        return self._asm(self.i32, "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", a, b, c)
 
     def float_of_half(self, a: Register, place: int) -> Register:
         words = ("h, dropped", "dropped, h")[place]
@@ -147,6 +157,9 @@ class Ptx:
 
     def fadd(self, a: Register, b: Register) -> Register:
         return self._asm(self.f32, "add.rn.f32 $0, $1, $2;", "=f,f,f", a, b)
+
+    def fsub(self, a: Register, b: Register) -> Register:
+        return self._asm(self.f32, "sub.rn.f32 $0, $1, $2;", "=f,f,f", a, b)
 
     def fmax(self, a: Register, b: Register) -> Register:
         return self._asm(self.f32, "max.f32 $0, $1, $2;", "=f,f,f", a, b)
@@ -170,12 +183,14 @@ class Ptx:
         return self._asm(self.f32, "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", a)
 
     def mma(self, a: Registers, b: Registers, c: Registers) -> Registers:
+        """a @ b + c of 16 columns of a, or of eight where `a` is a0 and a1 and `b` is b0."""
         four = llvm.StructType.get_literal([self.f32] * 4)
-        text = (
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-            "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
-        )
-        out = self._asm(four, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", *a, *b, *c)
+        first_b, first_c = 4 + len(a), 4 + len(a) + len(b)
+        groups = ((0, 4), (4, first_b), (first_b, first_c), (first_c, first_c + 4))
+        lists = ("{" + ",".join(f"${n}" for n in range(*group)) + "}" for group in groups)
+        text = f"mma.sync.aligned.m16n8k{8 * len(b)}.row.col.f32.bf16.bf16.f32 {', '.join(lists)};"
+        constraints = ",".join(["=f"] * 4 + ["r"] * (len(a) + len(b)) + ["f"] * 4)
+        out = self._asm(four, text, constraints, *a, *b, *c)
         return [llvm.extractvalue(self.f32, out, [i]) for i in range(4)]
 
     def load(

@@ -48,7 +48,7 @@ def configs(x: jax.Array, w: Weight) -> list[Config]:
     return list(module.configs(x, w)) if module is mosaic_decode else [default_config(x, w)]
 
 
-def mmas_per_fragment(x: jax.Array, w: Weight) -> int:
+def mmas_per_fragment(x: jax.Array, w: Weight) -> float:
     """Tensor-core instructions of the chosen kernel for each 16 x 16 weights."""
     few = math.prod(x.shape[:-1]) <= MAX_ROWS
     return mosaic_decode.mmas_per_fragment(x, w) if few else 1

@@ -54,7 +54,7 @@ def configs(x: jax.Array, w: Weight) -> list[Config]:
     ]
 
 
-def mmas_per_fragment(x: jax.Array, w: Weight) -> int:
+def mmas_per_fragment(x: jax.Array, w: Weight) -> float:
     """As `decode_matmul.mmas_per_fragment`."""
     return decode_matmul.mmas_per_fragment(units(w), math.prod(x.shape[:-1]))
 

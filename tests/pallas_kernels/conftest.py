@@ -55,7 +55,7 @@ def kernel_tolerance(magnitudes, sum_tolerance) -> Callable[[Weight], np.ndarray
     """Per |x| and weight, how far a sum of a mosaic kernel may be off.
 
     As any float32 sum of K products, and for Q4K by what comes of adding 128 to its codes and taking it away again
-    within the 64 products of a group: half of those are of the 128 alone.
+    within the 512 products of a chunk (64 of a group where that is all): half of those are of the 128 alone.
     """
 
     def of(w: Weight) -> np.ndarray:
@@ -63,7 +63,7 @@ def kernel_tolerance(magnitudes, sum_tolerance) -> Callable[[Weight], np.ndarray
         if not isinstance(w, Q4K):
             return tolerance
         scale = np.repeat(np.asarray(w.block_scales()[0]), 32, axis=-1)
-        return tolerance + sum_tolerance(64) * 128 * scale
+        return tolerance + sum_tolerance(512 if w.shape[-1] % 256 == 0 else 64) * 128 * scale
 
     return of
 
@@ -78,7 +78,8 @@ def bf16_rounding() -> float:
 def offset_rounding() -> Callable[[str], float]:
     """Relative to ``sum |x w|``, what adding 128 (Q6K: 160) to codes on tensor cores and taking it away again may cost.
 
-    A group of 32 products (16) is added up in float32, each rounding at most 2**-24 of ``sum (offset + q) |x|``. Over
+    A chunk's eight groups (Q6K: a group's 16 products) are added up in float32 before the offset goes, each rounding at
+    most 2**-24 of ``sum (offset + q) |x|``. Over
     independent x, ``sum |x w|`` is at least ``scale * E|q - mean| * sum |x|``, and E|q - mean| of normal weights is a
     quarter of the range of Q4K, and a tenth of that of the others, whose scale follows the largest of 16 or 32.
     """

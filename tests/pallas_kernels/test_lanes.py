@@ -92,6 +92,23 @@ def test_bf16_pairs_subtract_by_half() -> None:
     assert np.array_equal(np.asarray(got), _bf16_pair(*(a - b)))
 
 
+def test_bf16_pairs_multiply_and_add_with_one_rounding() -> None:
+    a, b, c = (np.random.default_rng(13 + n).standard_normal((2, *SHAPE)) for n in range(3))
+    rounded = [np.asarray(v, ml_dtypes.bfloat16).astype(np.float32) for v in (a, b, c)]
+    got = DEVICE.fma_bf16x2(*(_bf16_pair(*v) for v in (a, b, c)))
+    assert np.array_equal(got, _bf16_pair(*(rounded[0] * rounded[1] + rounded[2])))
+
+
+def test_mma_of_eight_columns_is_that_of_sixteen_with_zeros() -> None:
+    """PTX ISA, "Matrix fragments for mma.m16n8k8": a0, a1 and b0 lie as those of m16n8k16."""
+    a0, a1, b0 = (
+        _bf16_pair(*np.random.default_rng(n).standard_normal((2, *SHAPE))) for n in range(3)
+    )
+    zero, c = np.zeros(SHAPE, np.uint32), [np.ones(SHAPE, np.float32)] * 4
+    got = DEVICE.mma([a0, a1], [b0], c)
+    assert np.array_equal(got, DEVICE.mma([a0, a1, zero, zero], [b0, zero], c))
+
+
 def test_loads_read_words_of_any_type_and_leave_out_lanes() -> None:
     content = np.random.default_rng(8).standard_normal((4, 64)).astype(ml_dtypes.bfloat16)
     want = content.reshape(-1).view(np.uint32)
@@ -141,6 +158,10 @@ def test_prmt_of_two_words_takes_bytes_of_both() -> None:
     a, b = _words(10), _words(11)
     assert np.array_equal(DEVICE.bytes_of_two(a, b, 0x5410), a & 0xFFFF | b << 16)
     assert np.array_equal(DEVICE.bytes_of_two(a, b, 0x7632), a >> 16 | b & 0xFFFF0000)
+    by_lane = np.where(DEVICE.lane() % 2 == 0, 0x5410, 0x7632).astype(np.uint32)
+    even = DEVICE.lane() % 2 == 0
+    want = np.where(even, a & 0xFFFF | b << 16, a >> 16 | b & 0xFFFF0000)
+    assert np.array_equal(DEVICE.bytes_at(a, b, by_lane), want)
 
 
 def test_counts_go_up_where_wanted_and_return_what_was_there() -> None:
