@@ -13,7 +13,7 @@ import pytest
 from test_attention import definition, inputs
 
 from pallas_kernels import lanes
-from pallas_kernels.attention import mosaic
+from pallas_kernels.attention import mosaic_decode
 
 
 def check(
@@ -22,9 +22,9 @@ def check(
     """`shape` is (B, T, S, H, K, C). What bfloat16 loses: as in `test_attention`."""
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs(3, *shape))
     args = (q, k, v, jnp.asarray(qp, jnp.int32), jnp.asarray(kp, jnp.int32))
-    config = mosaic.Config(splits)
+    config = mosaic_decode.Config(splits)
     with lanes.interpreted():
-        got = jax.jit(lambda *a: mosaic.attention(*a, window=window, config=config))(*args)
+        got = jax.jit(lambda *a: mosaic_decode.attention(*a, window=window, config=config))(*args)
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     want = definition(q, k, v, qp, kp, window)
     tolerance = 4 * 2.0**-9 * np.abs(v).max()
@@ -71,7 +71,7 @@ def test_what_it_cannot_serve_it_says() -> None:
         q = jax.ShapeDtypeStruct((1, t, 8, c), dtype)
         kv = jax.ShapeDtypeStruct((1, s, 2, c), dtype)
         positions = jax.ShapeDtypeStruct((1, s), jnp.int32)
-        return mosaic.why_not(q, kv, kv, positions, positions)
+        return mosaic_decode.why_not(q, kv, kv, positions, positions)
 
     assert reason(1, 64, 256) is None
     assert reason(3, 64, 256) == "12 query rows read a KV head: expected 1 to 8"
@@ -86,7 +86,7 @@ _COMPILE = """
 import json, sys
 import jax, jax.numpy as jnp
 from bench import aot, static_kernels
-from pallas_kernels.attention import mosaic
+from pallas_kernels.attention import mosaic_decode
 from pallas_kernels.attention.cases import CASES
 
 jax.config.update("jax_platforms", "cpu")
@@ -95,7 +95,7 @@ for case in sorted({c for c in CASES.values() if c.head_dim <= 256}):
     kv = jax.ShapeDtypeStruct((2, case.window, case.kv_heads, case.head_dim), jnp.bfloat16)
     positions = [jax.ShapeDtypeStruct((2, n), jnp.int32) for n in (1, case.window)]
     with static_kernels.dumped() as folder:
-        aot.compile_for(sys.argv[1], lambda *a: mosaic.attention(*a, window=case.window), q, kv, kv, *positions)
+        aot.compile_for(sys.argv[1], lambda *a: mosaic_decode.attention(*a, window=case.window), q, kv, kv, *positions)
         [machine] = static_kernels.read_dumps(folder)
     print(json.dumps([*case, machine.registers, machine.spill_bytes]))
 """
