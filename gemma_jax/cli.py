@@ -1,4 +1,4 @@
-"""The command `gemma-jax`: convert, generate, chat, info. Its arguments and its errors."""
+"""The command `gemma-jax`: convert, generate, chat, info, doctor. Its arguments and its errors."""
 
 import argparse
 import dataclasses
@@ -60,7 +60,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except SystemExit as stop:  # --help, --version or an error, already reported
         return int(stop.code or EXIT_OK)
     try:
-        args.run(args)
+        status: int | None = args.run(args)
     except BrokenPipeError:
         raise
     except _BAD_INPUT as error:
@@ -71,7 +71,7 @@ def _run(argv: Sequence[str] | None) -> int:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _report(f"not enough memory on the device: {error}", EXIT_FAILURE)
-    return EXIT_OK
+    return status or EXIT_OK
 
 
 def _report(error: BaseException | str, status: int) -> int:
@@ -123,6 +123,16 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument("--context", type=int, metavar="N", help="tokens of context to plan for")
     info.add_argument("--batch", type=int, default=1, metavar="N", help="rows to plan for")
     info.set_defaults(run=_info)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="which kernels run here, what is set wrong (exit status 1), whether a model fits",
+    )
+    doctor.add_argument("model", metavar="MODEL", nargs="?", help=_MODEL_HELP)
+    doctor.add_argument("--context", type=int, metavar="N", help="tokens of context to plan for")
+    doctor.add_argument("--batch", type=int, default=1, metavar="N", help="rows to plan for")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -207,6 +217,15 @@ def _info(args: argparse.Namespace) -> None:
     from gemma_jax.info import report  # imports Orbax
 
     print(report(resolve(args.model), context=args.context, batch=args.batch))
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from gemma_jax.doctor import examine  # imports Orbax
+
+    model = None if args.model is None else resolve(args.model)
+    report = examine(model, context=args.context, batch=args.batch)
+    print(report.to_json() if args.json else report.to_text())
+    return EXIT_FAILURE if report.problems else EXIT_OK
 
 
 def _load(args: argparse.Namespace) -> gemma_jax.LanguageModel:

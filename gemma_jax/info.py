@@ -9,12 +9,12 @@ from convert.manifest import TensorEntry
 from convert.policy import AS_STORED, FORMATS, format_of
 from gemma_jax.cache import cache_bytes
 from gemma_jax.config import Gemma4Config
+from gemma_jax.tables import pairs, size, table
 from pallas_kernels.arrays import FORMATS as QUANTIZED
 
 _CONTEXTS = (4096, 32768, 131072)
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 # `gemma_jax.load` keeps the cache in the type of the activations, bfloat16 unless told otherwise.
-_CACHE_ITEMSIZE = 2
+CACHE_ITEMSIZE = 2
 
 
 def report(folder: str | Path, *, context: int | None = None, batch: int = 1) -> str:
@@ -42,22 +42,22 @@ def report(folder: str | Path, *, context: int | None = None, batch: int = 1) ->
     contexts = [context] if context else sorted({min(c, longest) for c in _CONTEXTS})
     lines = [
         f"{folder}: {'converted' if found.converted else 'Hugging Face checkpoint'}",
-        *_pairs(_architecture(config)),
+        *pairs(_architecture(config)),
         "",
-        *_pairs(
+        *pairs(
             [
                 ("parameters", f"{manifest.parameters:,}"),
                 ("format", manifest.format),
-                ("size", _size(manifest.nbytes)),
+                ("size", size(manifest.nbytes)),
                 ("bits per weight", f"{manifest.bits_per_weight:.3f}"),
             ]
         ),
         "",
-        *_table(_per_format(manifest.tensors.values())),
+        *table(_per_format(manifest.tensors.values())),
         *_conversions(found),
         "",
         f"memory with a bfloat16 cache, {batch} row{'s' * (batch > 1)}, without work space:",
-        *_table(_memory(config, manifest.nbytes, contexts, batch)),
+        *table(_memory(config, manifest.nbytes, contexts, batch)),
     ]
     return "\n".join(lines)
 
@@ -96,7 +96,7 @@ def _per_format(entries: Iterable[TensorEntry]) -> list[Sequence[str]]:
                 name,
                 f"{len(members)}",
                 f"{parameters:,}",
-                _size(nbytes),
+                size(nbytes),
                 f"{8 * nbytes / parameters:.3f}",
                 f"{worst:.4f}" if worst else "-",
             )
@@ -113,8 +113,8 @@ def _conversions(found: Description) -> list[str]:
     for name in FORMATS:
         nbytes = sum(_converted_bytes(path, entry, name) for path, entry in entries.items())
         bits = 8 * nbytes / found.manifest.parameters
-        rows.append((name, _size(nbytes), f"{bits:.3f}"))
-    return ["", *_table(rows)]
+        rows.append((name, size(nbytes), f"{bits:.3f}"))
+    return ["", *table(rows)]
 
 
 def _converted_bytes(path: str, entry: TensorEntry, name: str) -> int:
@@ -131,32 +131,6 @@ def _memory(
 ) -> list[Sequence[str]]:
     rows: list[Sequence[str]] = [("context", "weights", "cache", "together")]
     for context in contexts:
-        cache = cache_bytes(config, batch, context, _CACHE_ITEMSIZE)
-        rows.append((f"{context:,}", _size(weights), _size(cache), _size(weights + cache)))
+        cache = cache_bytes(config, batch, context, CACHE_ITEMSIZE)
+        rows.append((f"{context:,}", size(weights), size(cache), size(weights + cache)))
     return rows
-
-
-def _size(nbytes: float) -> str:
-    """Bytes in the binary unit that keeps the number below 1024."""
-    unit = 0
-    while nbytes >= 1024 and unit < len(_UNITS) - 1:
-        nbytes /= 1024
-        unit += 1
-    return f"{nbytes:.2f} {_UNITS[unit]}" if unit else f"{nbytes:.0f} B"
-
-
-def _pairs(rows: Iterable[tuple[str, str]]) -> list[str]:
-    return [f"  {name:<16} {value}" for name, value in rows]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of equal width, the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  "
-        + "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]

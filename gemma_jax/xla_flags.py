@@ -32,6 +32,14 @@ def with_defaults(flags: str) -> str:
     return " ".join([flags, *missing]).strip()
 
 
+def current() -> dict[str, str | None]:
+    """What ``XLA_FLAGS`` says now of each of `FLAGS`; None where it does not name it."""
+    given = dict(
+        flag.lstrip("-").partition("=")[::2] for flag in os.environ.get("XLA_FLAGS", "").split()
+    )
+    return {name: given.get(name) for name in FLAGS}
+
+
 def enable() -> None:
     """Completes ``XLA_FLAGS`` in this process's environment if JAX may use CUDA.
 
