@@ -186,7 +186,7 @@ def _kernels(rows: list[Support]) -> list[str]:
     reasons: dict[str, int] = {}
     merged: dict[tuple[str, str, str, str], list[str]] = {}
     for row in rows:
-        notes = [
+        objections = [
             f"not {n} [{reasons.setdefault(r, len(reasons) + 1)}]" for n, r in row.why_not.items()
         ]
         others = ", ".join([*(f"{name} on request" for name in row.on_request), *objections])
