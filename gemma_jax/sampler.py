@@ -3,7 +3,9 @@
 `process_logits` applies penalties, bias, temperature and filters in that order; `sample` draws
 from what is left; `log_probabilities` reports on the untouched distribution. A full sort of
 262144 entries would cost more than the rest of a decode step, and XLA turns a top_k of that width
-into one: the filters look for the exact threshold by bisection instead.
+into one: rows that keep few tokens (top_k below `CANDIDATES`) are drawn from the largest logits
+alone, which `gemma_jax.candidates` finds, and for the others the filters look for the exact
+threshold by bisection.
 
 The settings are arrays (`SamplingParams`), so only the shape [B, V] is compiled in.
 """
@@ -11,12 +13,19 @@ The settings are arrays (`SamplingParams`), so only the shape [B, V] is compiled
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.random import threefry_2x32
 
+from gemma_jax.candidates import largest
 from gemma_jax.sampling import SamplingParams, TokenCounts
 
 # Written out: the bits must not follow the caller's jax_default_prng_impl, and with "rbg" a row's
 # bits under vmap would depend on its place in the batch.
 _PRNG = "threefry2x32"
+
+# Rows with a smaller top_k are drawn from that many of the largest logits, where the vocabulary is
+# not so small that bisection over all of it is as quick.
+CANDIDATES = 128
+_SMALL_VOCABULARY = 2**15
 
 
 def process_logits(logits: jax.Array, params: SamplingParams, counts: TokenCounts) -> jax.Array:
@@ -46,18 +55,7 @@ def process_logits(logits: jax.Array, params: SamplingParams, counts: TokenCount
       float32 [B, V], 0 at the most likely token.
     """
     with jax.named_scope("process_logits"):
-        x = _penalize(logits.astype(jnp.float32), params, counts)
-        random = params.temperature > 0
-        smallest = jnp.finfo(jnp.float32).tiny  # below it, the device may divide by zero
-        temperature = jnp.where(random, jnp.maximum(params.temperature, smallest), 1.0)
-        x = (x - x.max(axis=-1, keepdims=True)) / temperature[:, None]
-
-        top_k = jnp.where(random, params.top_k, 0)
-        x = lax.cond(jnp.any(top_k > 0), _keep_top_k, lambda x, _: x, x, top_k)
-        top_p = jnp.where(random, params.top_p, 1.0)
-        x = lax.cond(jnp.any(top_p < 1), _keep_top_p, lambda x, _: x, x, top_p)
-        min_p = jnp.where(random, params.min_p, 0.0)
-        return jnp.where(x >= jnp.log(min_p)[:, None], x, -jnp.inf)
+        return _filter(_scale(logits, params, counts), params)
 
 
 def sample(
@@ -68,7 +66,8 @@ def sample(
     token = argmax x in greedy rows, otherwise argmax (x + g) with x = process_logits(...) and g
     independent standard Gumbel noise: a draw from softmax(x) (Maddison et al.,
     https://arxiv.org/abs/1411.0030). The noise comes from the key fold_in(key(seed), step) of the
-    row alone, so neither its neighbours nor its place in the batch matter.
+    row alone, and that of a token from its id, so neither a row's neighbours nor its place in the
+    batch matter.
 
     Args:
       logits: float [B, V].
@@ -80,17 +79,24 @@ def sample(
       int32 [B].
     """
 
-    def draw(x: jax.Array) -> jax.Array:
-        noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(params.seed, step, x.shape[-1])
-        noise = jnp.where(params.temperature[:, None] > 0, noise, 0.0)
-        return jnp.argmax(x + noise, axis=-1).astype(jnp.int32)
-
-    def most_likely(x: jax.Array) -> jax.Array:
-        return jnp.argmax(x, axis=-1).astype(jnp.int32)
-
-    x = process_logits(logits, params, counts)
+    with jax.named_scope("process_logits"):
+        x = _scale(logits, params, counts)
     with jax.named_scope("sample"):
-        return lax.cond(jnp.any(params.temperature > 0), draw, most_likely, x)
+        best = jnp.argmax(x, axis=-1).astype(jnp.int32)
+        token, random = best, params.temperature > 0
+        if x.shape[-1] > _SMALL_VOCABULARY:
+            few = random & (params.top_k > 0) & (params.top_k < CANDIDATES)
+            drawn, exact = lax.cond(
+                jnp.any(few),
+                lambda: _draw_from_largest(x, params, step),
+                lambda: (best, jnp.zeros_like(few)),
+            )
+            # Which way a row goes depends on that row alone: the two add up top_p's masses in
+            # different orders, and a neighbour must not decide about the last bit.
+            token = jnp.where(few & exact, drawn, token)
+            random &= ~(few & exact)
+        drawn = lax.cond(jnp.any(random), lambda: _draw(x, params, step), lambda: best)
+        return jnp.where(random, drawn, token)
 
 
 def is_plain(params: SamplingParams) -> jax.Array:
@@ -150,11 +156,68 @@ def _penalize(x: jax.Array, params: SamplingParams, counts: TokenCounts) -> jax.
     return x.at[rows, params.bias_ids].add(params.bias_values, mode="drop", unique_indices=True)
 
 
-def _gumbel(seed: jax.Array, step: jax.Array, size: int) -> jax.Array:
-    key = jax.random.fold_in(jax.random.key(seed, impl=_PRNG), step)
-    # "high" resolves the upper tail beyond 2**-24: a large share of a 262144-token vocabulary has
-    # probabilities down there, and the plain form would never draw it at its true rate.
-    return jax.random.gumbel(key, (size,), jnp.float32, mode="high")
+def _scale(logits: jax.Array, params: SamplingParams, counts: TokenCounts) -> jax.Array:
+    """What `process_logits` does before the filters."""
+    x = _penalize(logits.astype(jnp.float32), params, counts)
+    smallest = jnp.finfo(jnp.float32).tiny  # below it, the device may divide by zero
+    random = params.temperature > 0
+    temperature = jnp.where(random, jnp.maximum(params.temperature, smallest), 1.0)
+    return (x - x.max(axis=-1, keepdims=True)) / temperature[:, None]
+
+
+def _filter(x: jax.Array, params: SamplingParams) -> jax.Array:
+    random = params.temperature > 0
+    top_k = jnp.where(random, params.top_k, 0)
+    x = lax.cond(jnp.any(top_k > 0), _keep_top_k, lambda x, _: x, x, top_k)
+    top_p = jnp.where(random, params.top_p, 1.0)
+    x = lax.cond(jnp.any(top_p < 1), _keep_top_p, lambda x, _: x, x, top_p)
+    min_p = jnp.where(random, params.min_p, 0.0)
+    return jnp.where(x >= jnp.log(min_p)[:, None], x, -jnp.inf)
+
+
+def _draw(x: jax.Array, params: SamplingParams, step: jax.Array) -> jax.Array:
+    """A token of each row from all that the filters leave of it."""
+    ids = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(params.seed, step, ids)
+    return jnp.argmax(_filter(x, params) + noise, axis=-1).astype(jnp.int32)
+
+
+def _draw_from_largest(
+    x: jax.Array, params: SamplingParams, step: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`_draw` of rows with top_k in 1 .. CANDIDATES - 1, and whether it is exact: not among ties.
+
+    A row is exact if its k-th largest is larger than the last candidate: what ties with it is then
+    among the candidates too.
+    """
+    values, ids = largest(x, CANDIDATES)
+    place = jnp.clip(params.top_k - 1, 0, CANDIDATES - 1)
+    threshold = jnp.take_along_axis(values, place[:, None], axis=1)
+    kept = values >= threshold
+    mass = jnp.where(kept, jnp.exp(values), 0.0)
+    larger = values[:, None, :] > values[:, :, None]
+    mass_of_larger = jnp.where(larger, mass[:, None, :], 0.0).sum(axis=-1)
+    top_p = params.top_p[:, None]
+    # Of top_p = 0, too, the largest stays.
+    kept &= (mass_of_larger < top_p * mass.sum(-1, keepdims=True)) | (top_p == 1) | (values == 0)
+    kept &= values >= jnp.log(params.min_p)[:, None]
+    noise = jax.vmap(_gumbel)(params.seed, step, ids)
+    drawn = jnp.where(kept, values + noise, -jnp.inf)
+    winners = drawn == drawn.max(axis=-1, keepdims=True)
+    token = jnp.where(winners, ids, x.shape[-1]).min(axis=-1)  # arg-max takes the lowest id
+    return token, threshold[:, 0] > values[:, -1]
+
+
+def _gumbel(seed: jax.Array, step: jax.Array, ids: jax.Array) -> jax.Array:
+    """Noise of the tokens `ids` ``[N]``, each from its own id: a part of them gets what all of them would."""
+    key = jax.random.key_data(jax.random.fold_in(jax.random.key(seed, impl=_PRNG), step))
+    words = threefry_2x32((key[0], key[1]), jnp.concatenate([0 * ids, ids]).astype(jnp.uint32))
+    high, low = (word.astype(jnp.float32) for word in jnp.split(words, 2))
+    # Uniform in (0, 1) with 24 bits wherever it lies. The upper tail of the noise is where it is
+    # near 0: a large share of a 262144-token vocabulary has probabilities below 2**-24, which 24
+    # bits in all would never draw at their true rate.
+    uniform = (high + (low + 0.5) * 2.0**-32) * 2.0**-32
+    return -jnp.log(-jnp.log1p(-jnp.minimum(uniform, 1 - 2.0**-24)))
 
 
 def _keep_top_k(x: jax.Array, top_k: jax.Array) -> jax.Array:
