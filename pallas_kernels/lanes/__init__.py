@@ -168,7 +168,7 @@ def array_type(n: int, dtype: Any) -> Any:
 
 def array_of(registers: Registers) -> fa.FragmentedArray:
     """The array that holds a lane's registers, in inline code."""
-    words = np.array(_pack(registers), dtype=object)
+    words = np.array(pack(registers), dtype=object)
     tiled = layout(len(registers)).to_mgpu()
     return fa.FragmentedArray(
         _registers=words.reshape(tiled.registers_shape((WARPS, LANES, len(registers)))),
@@ -186,7 +186,8 @@ def unpack(value: ir.Value) -> Registers:
     ]
 
 
-def _pack(registers: Registers) -> ir.Value:
+def pack(registers: Registers) -> ir.Value:
+    """The vector of a lane's registers, in inline code."""
     out = llvm.mlir_undef(ir.VectorType.get((len(registers),), registers[0].type))
     for i, register in enumerate(registers):
         out = llvm.insertelement(out, register, position=constant(i))

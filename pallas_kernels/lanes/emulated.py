@@ -47,6 +47,9 @@ class Emulated:
     def iadd(self, a: Register, b: Register) -> Register:
         return a + b
 
+    def isub(self, a: Register, b: Register) -> Register:
+        return a - b
+
     def imul(self, a: Register, b: Register) -> Register:
         return a * b
 

@@ -55,6 +55,9 @@ class Ptx:
     def iadd(self, a: Register, b: Register) -> Register:
         return arith.addi(a, b)
 
+    def isub(self, a: Register, b: Register) -> Register:
+        return arith.subi(a, b)
+
     def imul(self, a: Register, b: Register) -> Register:
         return arith.muli(a, b)
 

@@ -53,6 +53,12 @@ def test_mma_multiplies_the_matrices_whose_elements_the_isa_puts_into_each_lane(
             np.testing.assert_allclose(got[i][:, lane], want[:, row, column], rtol=0, atol=1e-4)
 
 
+def test_integers_wrap() -> None:
+    """``sub.s32``: a difference below zero is a large unsigned integer."""
+    got = DEVICE.isub(np.full(SHAPE, 3, np.uint32), np.full(SHAPE, 5, np.uint32))
+    assert np.array_equal(got, np.full(SHAPE, 2**32 - 2, np.uint32))
+
+
 def test_prmt_picks_bytes_of_its_operand_and_zeros() -> None:
     word = _words(2)
     got = np.asarray(DEVICE.bytes_of(word, 0x4342))

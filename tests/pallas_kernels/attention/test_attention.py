@@ -91,6 +91,18 @@ def test_decode_of_every_gemma_shape(implementation: str, name: str) -> None:
 
 
 @implementations
+@pytest.mark.parametrize("name", CASES)
+def test_a_chunk_after_a_prefix_of_every_gemma_shape(implementation: str, name: str) -> None:
+    """Prefixes of 28 and 3 positions, chunks of 20 and 7."""
+    heads, kv_heads, head_dim, window = CASES[name]
+    q, k, v = inputs(0, 2, 20, 48, heads, kv_heads, head_dim)
+    prefixes, ends = np.array([[28], [3]]), np.array([[48], [10]])
+    qp, kp = prefixes + np.arange(20), np.tile(np.arange(48), (2, 1))
+    qp, kp = (np.where(p < ends, p, -1) for p in (qp, kp))
+    check(implementation, q, k, v, qp, kp, window and 16)
+
+
+@implementations
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("window", [None, 1, 64, 255, 256, 257, 5000])
 def test_prefill_around_block_and_window_edges(
