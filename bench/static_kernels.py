@@ -40,6 +40,7 @@ from bench import aot
 from bench.attention_calls import AttentionCall
 from bench.kernel_calls import Call, calls, is_hand_kernel
 from bench.prediction_model import LAUNCH_SECONDS, device
+from pallas_kernels.target import compiling_for
 
 # Nominal operations per second on dense bfloat16.
 TENSOR_FLOPS = {"h200": 989e12, "h100": 989e12, "b200": 2250e12, "gb10": 125e12}
@@ -69,7 +70,9 @@ def hot_code(sass: str) -> list[str]:
         jump = _JUMP.search(instruction)
         if jump and places.get(jump[1], i + 1) <= i:
             loop = code[places[jump[1]] : i + 1]
-            if any(map(_MMA.match, loop)):
+            # What an exit is in is no loop: a wait goes back into the kernel from behind its end.
+            leaves = any(c.startswith("EXIT") for c in loop)
+            if any(map(_MMA.match, loop)) and not leaves:
                 loops.append(loop)
     return min(loops, key=len) if loops else [c for c in code if not c.startswith("NOP")]
 
@@ -175,6 +178,13 @@ def entry(target: str, call: Call | AttentionCall) -> dict[str, Any] | None:
     if not machines:
         raise RuntimeError(f"{call.op} {call.name} {call.format}: Mosaic dumped nothing")
     _compiled[kernels] = machines
+    # Which kernel serves, an implementation also tells from the GPU.
+    with compiling_for(aot.compute_capability(target)):
+        return _entry(target, call, machines)
+
+
+def _entry(target: str, call: Call | AttentionCall, machines: Sequence[Machine]) -> dict[str, Any]:
+    """What `entry` says of a call that was compiled to `machines`."""
     hot = [m.hot for m in machines if m.hot and m.hot.mmas]
     shared_by = call.module.mmas_per_fragment(*call.arguments) if hot else 1
     per_weight = [h.instructions * shared_by / (_WEIGHTS_OF_A_LANE * h.mmas) for h in hot]

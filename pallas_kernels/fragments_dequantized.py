@@ -24,7 +24,7 @@ from pallas_kernels.fragment_products import (
     wide_scales,
 )
 from pallas_kernels.lanes import Register, Registers
-from pallas_kernels.packed import PackedArray, PackedEQ8_0, PackedQ4K, PackedQ6K
+from pallas_kernels.packed import PackedEQ8_0, PackedQ4K, PackedQ6K, Weight
 
 PART = 64  # columns dequantized at a time: four fragments of 16
 
@@ -33,21 +33,21 @@ PART = 64  # columns dequantized at a time: four fragments of 16
 Dequantize = Callable[[Any, list[Registers], int, Done], Registers]
 
 
-def dequantizer(w: PackedArray) -> Dequantize:
-    """The lane program for the format of `w`."""
+def dequantizer(w: Weight) -> Dequantize:
+    """The lane program for the format of `w`, packed or bfloat16."""
     if isinstance(w, PackedQ4K):
         return functools.partial(_q4k, w.chunk // PART)
     if isinstance(w, PackedEQ8_0):
         return functools.partial(_eq8_0, w.chunk // PART)
-    return _q6k
+    return _q6k if isinstance(w, PackedQ6K) else _plain
 
 
-def pairs_of_lane(w: PackedArray) -> int:
+def pairs_of_lane(w: Weight) -> int:
     """How many pairs of columns that lie side by side a lane holds: four of a group of 32, in Q6K two of 16."""
     return 2 if isinstance(w, PackedQ6K) else 4
 
 
-def permuted(x: jax.Array, w: PackedArray) -> jax.Array:
+def permuted(x: jax.Array, w: Weight) -> jax.Array:
     """x ``[M, K]`` with its columns in the order in which fragments of `w` have theirs.
 
     A lane t of four holds 8 t to 8 t + 7 of a group of 32 columns (4 t to 4 t + 3 of 16, in Q6K), and ``mma`` takes
@@ -131,6 +131,18 @@ def _q6k(i: Any, pieces: list[Registers], part: int, done: Done) -> Registers:
     if part == 3:
         for piece in range(3):
             done(piece)
+    return out
+
+
+def _plain(i: Any, pieces: list[Registers], part: int, done: Done) -> Registers:
+    """The weights as they are: of every 32 columns a piece of row g and one of row g + 8."""
+    del part  # of one
+    out = []
+    for upper, lower in (pieces[:2], pieces[2:]):
+        for first in (0, 2):
+            out += [upper[first], lower[first], upper[first + 1], lower[first + 1]]
+    for piece in range(4):
+        done(piece)
     return out
 
 

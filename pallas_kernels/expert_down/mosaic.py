@@ -19,10 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import expert_blocks
-from pallas_kernels.decode_matmul import Config, Product, multiply
+from pallas_kernels import decode_matmul, expert_blocks
+from pallas_kernels.decode_matmul import Product, multiply
 from pallas_kernels.expert_blocks import MAX_SINGLE
 from pallas_kernels.expert_matmul import mosaic as expert_matmul
+from pallas_kernels.expert_matmul.mosaic import Config
 from pallas_kernels.fragments import Units, units
 from pallas_kernels.packed import ROWS, Weight
 
@@ -34,10 +35,10 @@ def why_not(h: jax.Array, w: Weight, expert_ids: jax.Array, weights: jax.Array) 
 
 
 def default_config(h: jax.Array, w: Weight, expert_ids: jax.Array, weights: jax.Array) -> Config:
-    """As many units as registers allow, and the number of tiles with the fewest turns."""
-    del h, weights
+    """As many units as registers allow, and the number of tiles with the fewest turns; or that of ``expert_matmul``."""
+    del weights
     if expert_ids.size > MAX_SINGLE:
-        return expert_blocks.default_config(w, expert_ids.size)
+        return expert_matmul.default_config(h, w, expert_ids)
     _, n, width = w.shape
     tokens, per_token = expert_ids.shape
     return expert_blocks.fewest_turns(
@@ -46,15 +47,18 @@ def default_config(h: jax.Array, w: Weight, expert_ids: jax.Array, weights: jax.
 
 
 def mmas_per_fragment(h: jax.Array, w: Weight, expert_ids: jax.Array, weights: jax.Array) -> float:
-    """As `expert_blocks.mmas_per_fragment`."""
-    del h, weights
-    return expert_blocks.mmas_per_fragment(w, expert_ids.size)
+    """Tensor-core instructions of the chosen kernel for each 16 x 16 weights."""
+    del weights
+    return expert_matmul.mmas_per_fragment(h, w, expert_ids)
 
 
 def intermediate_bytes(h: jax.Array, w: Weight, expert_ids: jax.Array, weights: jax.Array) -> int:
-    """Of the experts' products, written and read where they are not added up in the kernel."""
-    del h, weights
-    return 2 * 4 * expert_ids.size * w.shape[1] if expert_ids.size > MAX_SINGLE else 0
+    """Of the experts' products, written and read where they are not added up in the kernel, and what those take."""
+    del weights
+    if expert_ids.size <= MAX_SINGLE:
+        return 0
+    of_h = expert_matmul.intermediate_bytes(h, w, expert_ids)
+    return of_h + 2 * 4 * expert_ids.size * w.shape[1]
 
 
 def expert_down(
@@ -70,6 +74,7 @@ def expert_down(
     if len(ids) > MAX_SINGLE:
         y = expert_matmul.expert_matmul(rows, w, ids, config)
         return jnp.sum(y.reshape(*weights.shape, w.shape[1]) * weights[..., None], axis=1)
+    assert isinstance(config, decode_matmul.Config)
     product = _product(w, units(w), expert_ids, weights)
     return multiply(rows, units(w), product, config)
 

@@ -78,13 +78,16 @@ def test_kernels_of_26b_a4b_spill_no_register_and_copy_no_weight(tmp_path: Path)
     lines = [json.loads(line) for line in run.stdout.splitlines()]
     assert len(lines) == 12
     for tokens, up, down in lines:
-        # Tables of a few words a row, and beyond 8 tokens the products of down before they are added up.
-        assert up < 64 * 8 * tokens + 4096
-        assert down < 64 * 8 * tokens + 4096 + (tokens > 8) * 4 * 8 * tokens * 2816
+        # Tables of a few words a row, and beyond 8 tokens the products of down before they are added up. With many
+        # the products of up too, and their rows of x once in the order of fragments and once in that of experts.
+        pairs, many = 8 * tokens, tokens == 512
+        assert up < 64 * pairs + 4096 + many * (4 * pairs * 1408 + 2 * (pairs + tokens) * 2816)
+        assert down < 64 * pairs + 4096 + (tokens > 8) * 4 * pairs * 2816 + many * 4 * pairs * 704
     reports = [file.read_text() for file in tmp_path.glob("*.ptxas")]
     assert len(reports) == 24
     for report in reports:
         # JAX 0.11.2's assembler keeps a value of blocks of 16 in memory while it loops over K: once a group of tiles.
         spilled = int(re.search(r"(\d+) bytes spill stores", report)[1])
         assert spilled <= (8 if jax.__version_info__ < (0, 12) else 0), report
-        assert int(re.search(r"Used (\d+) registers", report)[1]) <= 128
+        is_prefill = "expert_prefill" in report
+        assert int(re.search(r"Used (\d+) registers", report)[1]) <= (255 if is_prefill else 128)

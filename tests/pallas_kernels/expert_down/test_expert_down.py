@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import FORMATS, expert_down, lanes, pack_array
+from pallas_kernels import FORMATS, expert_down, lanes, pack_array, prefill_matmul
 from pallas_kernels.decode_matmul import Config
 from pallas_kernels.expert_down import mosaic
 from pallas_kernels.expert_down.cases import SMALL
@@ -75,6 +75,20 @@ def test_mosaic_equals_its_definition_lane_by_lane(
         got = jax.jit(lambda *a: mosaic.expert_down(*a, config))(h, packed, ids, weights)
     longer = sum_tolerance(w.shape[-1] * ids.shape[1]) / sum_tolerance(w.shape[-1])
     _check(got, h, w, ids, weights, longer * kernel_tolerance(w))
+
+
+def test_many_tokens_on_hopper_are_multiplied_by_rounded_weights(
+    make_weight, magnitudes, sum_tolerance, bf16_rounding
+) -> None:
+    """24 tokens have 72 of 4 experts between them."""
+    h, w, ids, weights = _arguments("small_704", 24, "q4k", make_weight)
+    packed = pack_array(w)
+    with lanes.interpreted():
+        assert isinstance(mosaic.default_config(h, packed, ids, weights), prefill_matmul.Config)
+        run = jax.jit(lambda *a: expert_down(*a, implementation="mosaic"))
+        got = run(h, packed, ids, weights)
+    terms = w.shape[-1] * ids.shape[1]
+    _check(got, h, w, ids, weights, (sum_tolerance(terms) + bf16_rounding) * magnitudes(w))
 
 
 def test_mosaic_adds_in_one_order(make_weight) -> None:

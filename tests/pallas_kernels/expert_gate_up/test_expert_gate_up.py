@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import FORMATS, expert_gate_up, lanes, pack_array
+from pallas_kernels import FORMATS, expert_gate_up, lanes, pack_array, prefill_matmul
 from pallas_kernels.decode_matmul import Config
 from pallas_kernels.expert_gate_up import IMPLEMENTATIONS, mosaic
 from pallas_kernels.expert_gate_up.cases import SMALL
@@ -82,6 +82,20 @@ def test_mosaic_equals_its_definition_lane_by_lane(
     with lanes.interpreted():
         got = jax.jit(lambda *a: mosaic.expert_gate_up(*a, config))(x, packed, ids, scale)
     _check(got, x, w, ids, scale, kernel_tolerance(w), bf16_rounding)
+
+
+@pytest.mark.parametrize("weight_format", ["q4k", "eq8_0", "bf16"])
+def test_many_tokens_on_hopper_are_multiplied_by_rounded_weights(
+    weight_format, make_weight, magnitudes, sum_tolerance, bf16_rounding
+) -> None:
+    """24 tokens have 72 of 4 experts between them."""
+    x, w, ids, scale = _arguments("small_192", 24, weight_format, make_weight)
+    packed = pack_array(w) if weight_format in FORMATS else w
+    with lanes.interpreted():
+        assert isinstance(mosaic.default_config(x, packed, ids, scale), prefill_matmul.Config)
+        got = jax.jit(lambda *a: expert_gate_up(*a, implementation="mosaic"))(x, packed, ids, scale)
+    per_weight = (sum_tolerance(w.shape[-1]) + bf16_rounding) * magnitudes(w)
+    _check(got, x, w, ids, scale, per_weight, bf16_rounding)
 
 
 def test_ids_outside_the_experts_are_clipped(make_weight) -> None:
