@@ -32,7 +32,7 @@ class Shapes(NamedTuple):
     x: bfloat16 ``[M, ..., K]``.
     w: ``[..., N, K]``.
     ids: int32 ``[M, ...]``, the experts that x meets.
-    scale: float32 ``[M, ...]``, what products are multiplied by.
+    scale: float32 ``[M, ...]``, what products, or GELU of them, are multiplied by.
     """
 
     x: tuple[int, ...]
@@ -89,6 +89,12 @@ OPS: dict[str, Op] = {
         lambda c, m: Shapes((m, c.k), (2 * c.f, c.k), scale=(m, 1)),
         kernel_checks.matrix_products,
         kernel_checks.gated,
+    ),
+    "gelu_matmul": _op(
+        "gelu_matmul",
+        lambda c, m: Shapes((m, c.k), (c.n, c.k), scale=(m, c.n)),
+        kernel_checks.products_and_factors,
+        kernel_checks.gelu_times_factor,
     ),
     "argmax_matmul": _op(
         "argmax_matmul",

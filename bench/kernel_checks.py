@@ -3,7 +3,8 @@
 Every op here begins with products that are linear in x and in w. They may be off by ``8 u |x w|_2 + 16 sqrt(K) 2**-24
 |x w|_1`` over their K terms x w: roundings of each weight to bfloat16, u = 2**-8, and two orders of summing, both as
 independent errors (Hoeffding: more has a probability below 2 exp(-32)). What an op makes of its products says what of
-that is left in its results: `linear`, `gated`, `largest`.
+that is left in its results: `linear`, `gated`,
+`gelu_times_factor`, `largest`.
 
 Only up to `ROWS_CHECKED` rows of x are checked, and the results are written over what no op returns: an element that a
 kernel forgets is seen.
@@ -94,6 +95,16 @@ def gated(h: jax.Array, products: jax.Array, off: jax.Array) -> jax.Array:
     return abs(h.astype(jnp.float32) - gelu * up) / allowed
 
 
+def gelu_times_factor(y: jax.Array, products: jax.Array, off: jax.Array) -> jax.Array:
+    """Of bfloat16 ``gelu(product) * factor``, from `products_and_factors`; a factor is not off."""
+    product, factor = jnp.split(products, 2, axis=-1)
+    want = jax.nn.gelu(product, approximate=True) * factor
+    allowed = 1.13 * jnp.split(off, 2, axis=-1)[0] * abs(factor)
+    rounding = _BF16_ROUNDING + _FLOAT32_ROUNDING
+    allowed += rounding * (abs(want) + allowed) + _FLOAT32_ROUNDING * abs(factor)
+    return abs(y.astype(jnp.float32) - want) / allowed
+
+
 def largest(index: jax.Array, products: jax.Array, off: jax.Array) -> jax.Array:
     """Of the place of the largest product: another may take it if both being off puts it first."""
     best = jnp.argmax(products, axis=-1)
@@ -112,6 +123,11 @@ def largest(index: jax.Array, products: jax.Array, off: jax.Array) -> jax.Array:
 def matrix_products(x: jax.Array, w: jax.Array, scale: float | jax.Array = 1) -> jax.Array:
     """``scale * (x @ w.T)``."""
     return quantized_matmul(x, w, implementation="reference") * scale
+
+
+def products_and_factors(x: jax.Array, w: jax.Array, factor: jax.Array) -> jax.Array:
+    """``[M, 2 N]``: ``x @ w.T``, then factor."""
+    return jnp.concatenate([matrix_products(x, w), factor], axis=-1)
 
 
 def expert_products(x: jax.Array, w: jax.Array, ids: jax.Array, scale: jax.Array) -> jax.Array:

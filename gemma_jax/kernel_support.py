@@ -98,7 +98,13 @@ def _support(call: _Call, no_hand_kernels: str | None) -> Support:
 
 def _calls() -> Iterator[_Call]:
     for rows, name in ((1, "decode"), (_PROMPT, "prefill")):
-        for op in ("quantized_matmul", "gated_matmul", "argmax_matmul", "embedding_lookup"):
+        for op in (
+            "quantized_matmul",
+            "gated_matmul",
+            "gelu_matmul",
+            "argmax_matmul",
+            "embedding_lookup",
+        ):
             if rows == 1 or op in ("quantized_matmul", "embedding_lookup"):
                 for weight_format in _WEIGHT_FORMATS:
                     yield _with_weight(op, name, weight_format, rows, _case(op, "e4b"))
@@ -133,6 +139,11 @@ def _with_weight(op: str, name: str, weight_format: str, rows: int, c: Any) -> _
     shape, before, after = {
         "quantized_matmul": lambda: ((c.n, c.k), [_array((rows, c.k))], []),
         "gated_matmul": lambda: ((2 * c.f, c.k), [_array((rows, c.k))], [scale]),
+        "gelu_matmul": lambda: (
+            (c.n, c.k),
+            [_array((rows, c.k))],
+            [_array((rows, c.n), jnp.float32)],
+        ),
         "argmax_matmul": lambda: ((c.n, c.k), [_array((rows, c.k))], []),
         "embedding_lookup": lambda: ((c.v, c.k), [], [_array((rows,), jnp.int32)]),
         "expert_matmul": lambda: (

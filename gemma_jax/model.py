@@ -39,6 +39,7 @@ from pallas_kernels.attention_decode.xla import prepare
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.embedding_lookup import embedding_lookup
 from pallas_kernels.gated_matmul import gated_matmul
+from pallas_kernels.gelu_matmul import gelu_matmul
 from pallas_kernels.quantized_matmul import quantized_matmul
 
 Params = dict[str, Any]
@@ -410,8 +411,8 @@ class PerLayerInput(nn.Module):
         gate = weight_param(self, "gate", (c.ple_size, c.hidden_size), normal)
         projection = weight_param(self, "projection", (c.hidden_size, c.ple_size), normal)
         post_norm = vector_param(self, "post_norm", c.hidden_size)
-        g = quantized_matmul(h.h.astype(self.dtype), gate, implementation=self.implementation)
-        g = (nn.gelu(g, approximate=True) * ple).astype(self.dtype)
+        x = h.h.astype(self.dtype)
+        g = gelu_matmul(x, gate, ple, implementation=self.implementation)
         y = quantized_matmul(g, projection, implementation=self.implementation)
         return add_normed(h, [(y, post_norm)], None, c.rms_norm_eps)
 

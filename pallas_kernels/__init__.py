@@ -11,6 +11,7 @@ from pallas_kernels.expert_down import expert_down
 from pallas_kernels.expert_gate_up import expert_gate_up
 from pallas_kernels.expert_matmul import expert_matmul
 from pallas_kernels.gated_matmul import gated_matmul
+from pallas_kernels.gelu_matmul import gelu_matmul
 from pallas_kernels.packed import PACKED, PackedArray, Weight, pack_array
 from pallas_kernels.quantize import quantize, relative_error
 from pallas_kernels.quantized_matmul import quantized_matmul
@@ -30,6 +31,7 @@ __all__ = [
     "expert_gate_up",
     "expert_matmul",
     "gated_matmul",
+    "gelu_matmul",
     "pack_array",
     "quantize",
     "quantized_matmul",

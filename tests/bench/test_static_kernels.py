@@ -185,6 +185,7 @@ def compiled(target: str) -> list[dict[str, Any]]:
         (
             r"quantized_matmul (e4b_gate_up|26b_a4b_dense_down) M=(1|8|16) ",
             r"gated_matmul e4b M=(1|16) ",
+            r"gelu_matmul e4b M=(1|16) ",
             r"argmax_matmul e4b M=8 ",
             r"expert_matmul 26b_a4b_(gate_up M=8|down M=4096) ",
             r"expert_gate_up 26b_a4b M=(8|512) ",

@@ -24,6 +24,7 @@ NEED = Need("model", 4096, 1, weights=2**31, cache=2**30)
 HAND = {
     "quantized_matmul",
     "gated_matmul",
+    "gelu_matmul",
     "argmax_matmul",
     "expert_matmul",
     "expert_gate_up",
