@@ -1,4 +1,4 @@
-"""The command `gemma-jax`: convert, generate, chat, info, doctor. Its arguments and its errors."""
+"""The command `gemma-jax`: convert, generate, chat, batch, info, doctor. Its arguments and its errors."""
 
 import argparse
 import dataclasses
@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import gemma_jax
 from gemma_jax import compilation_cache, terminal
+from gemma_jax.batch import command
 from gemma_jax.checkpoints import resolve
 from gemma_jax.sampling import Sampling
 
@@ -21,6 +22,7 @@ EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+EXIT_TERMINATED = 143  # 128 + SIGTERM
 
 # What a user can mend by asking for something else; any other OSError is the machine's doing.
 _BAD_INPUT = (
@@ -36,7 +38,8 @@ _BAD_INPUT = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (`sys.argv[1:]` by default) and returns the exit status.
 
-    0 success, 1 failure, 2 bad input, 130 interrupted, 141 nobody reads the output any more.
+    0 success, 1 failure, 2 bad input, 3 a batch job that ended with error records, 130 interrupted, 141 nobody reads
+    the output any more, 143 terminated.
     Errors a user can meet are one line on stderr; a traceback is a bug in this program.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -49,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The interpreter flushes stdout once more at exit and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    except command.Terminated:
+        return EXIT_TERMINATED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return status
@@ -117,6 +122,8 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--thinking", action="store_true", help="let the model think first")
     _add_sampling(chat, max_new_tokens=1024)
     chat.set_defaults(run=_chat)
+
+    command.add_parser(commands, _MODEL_HELP, FORMATS)
 
     info = commands.add_parser("info", help="what is in a checkpoint, and the memory it needs")
     info.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
