@@ -158,7 +158,7 @@ class AttentionCall:
         x, cache, norms, rope, positions = arguments
         largest = jnp.max(jnp.abs(cache[1].astype(jnp.float32)))
         out = jax.jit(run)(*arguments)
-        errors = [_error(out, self._want(*arguments)[0], largest) / (6 * 2.0**-9)]
+        errors = [error_of(out, self._want(*arguments)[0], largest) / (6 * 2.0**-9)]
         if self.shape.own:
             c = self.shape.head_dim
             beside = jax.random.normal(jax.random.key(0), (self.rows, 1, self.shape.own * c))
@@ -166,9 +166,9 @@ class AttentionCall:
             own = (qkv, cache, (norms[0], jnp.ones((c,), jnp.float32)), rope, positions)
             out, written = jax.jit(self.step)(*own)
             want, want_written = self._want(*own)
-            errors.append(_error(out, want, largest) / (6 * 2.0**-9))
+            errors.append(error_of(out, want, largest) / (6 * 2.0**-9))
             for got, want in zip(written, want_written, strict=True):
-                errors.append(_error(got, want, jnp.max(jnp.abs(want))) / 2.0**-8)
+                errors.append(error_of(got, want, jnp.max(jnp.abs(want))) / 2.0**-8)
         if not all(error <= 1 for error in errors):
             raise ValueError(f"elements are off by {errors} times what rounding explains")
         return max(errors)
@@ -192,7 +192,7 @@ def attention_calls(
                 yield call
 
 
-def _error(got: jax.Array, want: jax.Array, scale: jax.Array) -> float:
+def error_of(got: jax.Array, want: jax.Array, scale: jax.Array) -> float:
     """Of the element that is furthest off, as a share of `scale`; infinite if one is not a number."""
     off = jnp.abs(got.astype(jnp.float32) - want.astype(jnp.float32))
     if not bool(jnp.all(jnp.isfinite(off))):  # which a maximum need not show

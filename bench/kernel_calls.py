@@ -1,7 +1,7 @@
 """The calls by which kernels are judged: every op with every named case, number of rows and weight format.
 
 `OPS` is the register of products: of each op the shapes of a call and what its results are held to; cases and
-implementations come from its own package. `bench.attention_calls` has those of attention.
+implementations come from its own package. `bench.attention_calls` and `bench.prefill_calls` have those of attention.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bench import attention_calls, kernel_checks
+from bench import attention_calls, kernel_checks, prefill_calls
 from bench.aot import WEIGHT_FORMATS, abstract_weight
 from bench.attention_calls import AttentionCall
 from bench.kernel_checks import Rule
@@ -121,7 +121,7 @@ OPS: dict[str, Op] = {
 }
 
 
-NAMES = (*OPS, attention_calls.OP)
+NAMES = (*OPS, attention_calls.OP, prefill_calls.OP)
 
 
 class Call(NamedTuple):
@@ -233,6 +233,8 @@ def calls(
     """
     if attention_calls.OP in ops:
         yield from attention_calls.attention_calls(group, formats, implementations)
+    if prefill_calls.OP in ops:
+        yield from prefill_calls.prefill_calls(group, formats, implementations)
     for op in (op for op in ops if op in OPS):
         for case, shapes in OPS[op].group(group):
             for weight_format in formats:

@@ -185,7 +185,9 @@ def entry(target: str, call: Call | AttentionCall) -> dict[str, Any] | None:
 
 def _entry(target: str, call: Call | AttentionCall, machines: Sequence[Machine]) -> dict[str, Any]:
     """What `entry` says of a call that was compiled to `machines`."""
-    hot = [m.hot for m in machines if m.hot and m.hot.mmas]
+    # Attention of prompts has no weights: two products of tensor cores meet in its loop.
+    counts_weights = hasattr(call.module, "mmas_per_fragment")
+    hot = [m.hot for m in machines if counts_weights and m.hot and m.hot.mmas]
     shared_by = call.module.mmas_per_fragment(*call.arguments) if hot else 1
     per_weight = [h.instructions * shared_by / (_WEIGHTS_OF_A_LANE * h.mmas) for h in hot]
     instructions = max(per_weight, default=None)
@@ -229,7 +231,9 @@ def entries(
     Those that are in `without` already are left out.
     """
     done = {tuple(e[key] for key in ("op", "case", "format", "target")) for e in without}
-    for call in calls(implementations=is_hand_kernel):
+    with compiling_for(aot.compute_capability(target)):
+        served = list(calls(implementations=is_hand_kernel))
+    for call in served:
         is_new = (call.op, call.name, call.format, target) not in done
         is_wanted = is_new and re.search(only, f"{call.op} {call.name} {call.format}")
         if is_wanted and (found := entry(target, call)):
