@@ -52,6 +52,21 @@ def test_decode_copies_no_cache_and_materialises_no_weight(
     assert 4 < per_byte < 20
 
 
+@pytest.mark.heavy
+def test_hand_kernels_decode_with_fewer_kernels_and_copy_no_cache(tmp_path: Path) -> None:
+    """Eight layers of E4B, the head and the loop in the count; by XLA it has 22.5."""
+    pytest.importorskip("jax_plugins.xla_cuda13")
+    file = tmp_path / "static.json"
+    command = [sys.executable, "-m", "bench.static", "--target", "h200", "--layers", "8"]
+    command += ["--model", "e4b", "--format", "q4k", "--no-prefill", "--no-kernels"]
+    command += ["--implementation", "mosaic", "--json", str(file)]
+    subprocess.run(command, check=True)
+    [entry] = json.loads(file.read_text())["decode"]
+    assert entry["kernels_per_layer"] <= 17.5
+    assert entry["cache_copies"] == 0
+    assert 1 <= entry["bytes_per_token"] / entry["bytes_min"] <= 1.03
+
+
 def test_a_file_is_completed_where_it_ended_and_not_if_it_is_of_another_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
