@@ -17,7 +17,7 @@ from jax import lax
 
 from gemma_jax.cache import KVCache, init_cache
 from gemma_jax.model import Gemma4, Params
-from gemma_jax.norms import Residual
+from gemma_jax.norms import Stream
 from gemma_jax.sampler import is_plain, log_probabilities, sample
 from gemma_jax.sampling import SamplingParams, TokenCounts
 
@@ -315,7 +315,7 @@ def _apply(model: Gemma4, params: Params, *args: Any, method: str | None = None)
 
 def _hidden(
     params: Params, token: jax.Array, active: jax.Array, cache: KVCache, model: Gemma4
-) -> tuple[Residual, KVCache]:
+) -> tuple[Stream, KVCache]:
     """The last layer's output for one more token ``[B]`` of each row, and the cache with it."""
     positions = jnp.where(active, cache.lengths, -1)[:, None]
     return _apply(model, params, token[:, None], positions, cache, method="hidden")

@@ -29,7 +29,7 @@ from gemma_jax.cache import (
 )
 from gemma_jax.config import Gemma4Config
 from gemma_jax.moe import MixtureOfExperts
-from gemma_jax.norms import NormedInput, Residual, add_normed, rms_norm
+from gemma_jax.norms import NormedInput, Stream, normed, plus, rms_norm, start, times_scalar
 from gemma_jax.parameters import vector_param, weight_param
 from gemma_jax.rope import rope_table
 from pallas_kernels.argmax_matmul import argmax_matmul
@@ -89,7 +89,7 @@ class Gemma4(nn.Module):
 
     def hidden(
         self, tokens: jax.Array, positions: jax.Array, cache: KVCache
-    ) -> tuple[Residual, KVCache]:
+    ) -> tuple[Stream, KVCache]:
         """What `__call__` does before the head: the residual stream after the last layer, and the new cache."""
         c = self.config
         h, ple, rope = self._start(tokens, positions, 0, c.num_layers)
@@ -106,7 +106,8 @@ class Gemma4(nn.Module):
         """Runs only the layers with K/V of their own: float32 hidden states ``[B, T, D]`` and the new cache."""
         h, ple, rope = self._start(tokens, positions, 0, self.config.first_kv_shared_layer)
         h, cache, _ = self._own_layers(h, ple, rope, positions, cache)
-        return h.h, cache
+        eps = self.config.rms_norm_eps
+        return normed(h, (None,), jnp.float32, eps, self.implementation)[0].h, cache
 
     def decode(self, h: jax.Array, tokens: jax.Array, cache: KVCache) -> jax.Array:
         """The KV-shared layers and the head, for the last position that each row has in the cache.
@@ -120,7 +121,7 @@ class Gemma4(nn.Module):
           float32 logits ``[B, 1, V]``.
         """
         c = self.config
-        residual = Residual.of(h)
+        residual = start(h, self.dtype, self.implementation)
         if c.num_kv_shared_layers:
             positions = cache.lengths[:, None] - 1
             first = c.first_kv_shared_layer
@@ -133,7 +134,7 @@ class Gemma4(nn.Module):
 
     def _start(
         self, tokens: jax.Array, positions: jax.Array, first: int, end: int
-    ) -> tuple[Residual, jax.Array | None, RopeTables]:
+    ) -> tuple[Stream, jax.Array | None, RopeTables]:
         """Scaled embeddings, per-layer inputs of layers ``first .. end - 1`` and the RoPE tables."""
         c = self.config
         with jax.named_scope("embed"):
@@ -145,16 +146,16 @@ class Gemma4(nn.Module):
                     positions, c.global_head_dim, c.global_rope_theta, c.global_rotary_factor
                 ),
             }
-        return Residual.of(h), ple, rope
+        return start(h, self.dtype, self.implementation), ple, rope
 
     def _own_layers(
         self,
-        h: Residual,
+        h: Stream,
         ple: jax.Array | None,
         rope: RopeTables,
         positions: jax.Array,
         cache: KVCache,
-    ) -> tuple[Residual, KVCache, dict[int, Context]]:
+    ) -> tuple[Stream, KVCache, dict[int, Context]]:
         c = self.config
         layers, contexts = [], {}
         for i, kv in enumerate(cache.layers):
@@ -169,40 +170,43 @@ class Gemma4(nn.Module):
     def _shared_layer(
         self,
         i: int,
-        h: Residual,
+        h: Stream,
         ple: jax.Array | None,
         rope: RopeTables,
         positions: jax.Array,
         contexts: dict[int, Context],
-    ) -> Residual:
+    ) -> Stream:
         c = self.config
         context = contexts[c.kv_source(i)]
         return self._layer(i, h, ple, rope[c.is_global(i)], positions, context)[0]
 
-    def _layer(self, i: int, *args: Any) -> tuple[Residual, KeysAndValues, Context]:
+    def _layer(self, i: int, *args: Any) -> tuple[Stream, KeysAndValues, Context]:
         # What is traced once bears one name, that of the first layer of its kind; this scope tells them apart.
         with jax.named_scope(f"layers_{i}"):
             return self.layers[i](*args)
 
-    def logits(self, h: Residual) -> jax.Array:
+    def logits(self, h: Stream) -> jax.Array:
         """float32 logits ``[B, T, V]`` of the token after each position of the last layer's output."""
         c = self.config
         with jax.named_scope("head"):
-            normed = NormedInput.of(h, self.final_norm, c.rms_norm_eps)
-            logits = normed.times(self.embed.weight, self.dtype, self.implementation)
+            x = self._final_norm(h)
+            logits = x.times(self.embed.weight, self.dtype, self.implementation)
             if c.final_logit_softcap is None:
                 return logits
             return c.final_logit_softcap * jnp.tanh(logits / c.final_logit_softcap)
 
-    def most_likely(self, h: Residual) -> jax.Array:
+    def most_likely(self, h: Stream) -> jax.Array:
         """int32 ``[B, T]``: the arg-max of the logits, which a kernel finds without writing them to memory.
 
         The norm's factor and the soft cap are monotonic and left out.
         """
         with jax.named_scope("head"):
-            normed = NormedInput.of(h, self.final_norm, self.config.rms_norm_eps)
-            x = normed.x.astype(self.dtype)
+            x = self._final_norm(h).x.astype(self.dtype)
             return argmax_matmul(x, self.embed.weight, implementation=self.implementation)
+
+    def _final_norm(self, h: Stream) -> NormedInput:
+        eps = self.config.rms_norm_eps
+        return normed(h, (self.final_norm,), self.dtype, eps, self.implementation)[1][0]
 
 
 class Embedding(nn.Module):
@@ -275,30 +279,30 @@ class Layer(nn.Module):
     @nn.jit
     def __call__(
         self,
-        h: Residual,
+        h: Stream,
         ple: jax.Array | None,
         rope: tuple[jax.Array, jax.Array],
         positions: jax.Array,
         source: tuple[KeysAndValues, jax.Array] | Context,
-    ) -> tuple[Residual, KeysAndValues, Context]:
+    ) -> tuple[Stream, KeysAndValues, Context]:
         """`source` is ``(kv, lengths)`` for a layer with K/V of its own, another layer's `Context` otherwise."""
         eps = self.config.rms_norm_eps
+        numbers = (self.dtype, eps, self.implementation)
         with jax.named_scope("attention"):
-            a, kv, context = self.attention(
-                NormedInput.of(h, self.input_norm, eps), rope, positions, source
-            )
-            h = add_normed(h, [(a, self.post_attention_norm)], None, eps)
+            h, [x] = normed(h, (self.input_norm,), *numbers)
+            a, kv, context = self.attention(x, rope, positions, source)
+            h = plus(h, ((a, self.post_attention_norm),), None, eps)
         with jax.named_scope("ffn"):
-            m = self.ffn(NormedInput.of(h, self.pre_ffn_norm, eps))
+            h, [x] = normed(h, (self.pre_ffn_norm,), *numbers)
+            m = self.ffn(x)
             if self.config.num_experts:
                 h = self.moe(h, m, self.post_ffn_norm)
             else:
-                h = add_normed(h, [(m, self.post_ffn_norm)], None, eps)
+                h = plus(h, ((m, self.post_ffn_norm),), None, eps)
         if ple is not None:
             with jax.named_scope("ple"):
                 h = self.ple(h, ple)
-        scalar = self.layer_scalar.astype(jnp.float32)
-        return Residual(h.h * scalar, h.mean_square * scalar**2), kv, context
+        return times_scalar(h, self.layer_scalar), kv, context
 
 
 class Attention(nn.Module):
@@ -393,7 +397,7 @@ class FeedForward(nn.Module):
         gate_up = weight_param(self, "gate_up", (2 * self.width, self.hidden_size), normal)
         down = weight_param(self, "down", (self.hidden_size, self.width), normal)
         h = x.x.astype(self.dtype)
-        y = gated_matmul(h, gate_up, x.scale, implementation=self.implementation)
+        y = gated_matmul(h, gate_up, x.factor, implementation=self.implementation)
         return quantized_matmul(y, down, implementation=self.implementation)
 
 
@@ -405,16 +409,17 @@ class PerLayerInput(nn.Module):
     implementation: Implementation
 
     @nn.compact
-    def __call__(self, h: Residual, ple: jax.Array) -> Residual:
+    def __call__(self, h: Stream, ple: jax.Array) -> Stream:
         c = self.config
         normal = nn.initializers.normal(0.02)
         gate = weight_param(self, "gate", (c.ple_size, c.hidden_size), normal)
         projection = weight_param(self, "projection", (c.hidden_size, c.ple_size), normal)
         post_norm = vector_param(self, "post_norm", c.hidden_size)
-        x = h.h.astype(self.dtype)
-        g = gelu_matmul(x, gate, ple, implementation=self.implementation)
-        y = quantized_matmul(g, projection, implementation=self.implementation)
-        return add_normed(h, [(y, post_norm)], None, c.rms_norm_eps)
+        options = {"implementation": self.implementation}
+        h, [x] = normed(h, (None,), self.dtype, c.rms_norm_eps, **options)
+        g = gelu_matmul(x.x.astype(self.dtype), gate, ple, **options)
+        y = quantized_matmul(g, projection, **options)
+        return plus(h, ((y, post_norm),), None, c.rms_norm_eps)
 
 
 def param_shapes(config: Gemma4Config) -> dict[str, jax.ShapeDtypeStruct]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_jax.config import Gemma4Config
-from gemma_jax.norms import NormedInput, Residual, add_normed
+from gemma_jax.norms import Stream, normed, plus
 from gemma_jax.parameters import vector_param, weight_param
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.expert_down import expert_down
@@ -29,7 +29,7 @@ class MixtureOfExperts(nn.Module):
     implementation: Implementation
 
     @nn.compact
-    def __call__(self, h: Residual, dense: jax.Array, outer_norm: jax.Array) -> Residual:
+    def __call__(self, h: Stream, dense: jax.Array, outer_norm: jax.Array) -> Stream:
         c = self.config
         hidden, experts, width = c.hidden_size, c.num_experts, c.moe_intermediate_size
         normal = nn.initializers.normal(0.02)
@@ -44,22 +44,22 @@ class MixtureOfExperts(nn.Module):
 
         with jax.named_scope("router"):
             # float32 throughout: a router that rounds picks other experts.
-            r = NormedInput.of(h, router_scale, c.rms_norm_eps)
+            options = {"implementation": self.implementation}
+            _, [r] = normed(h, (router_scale,), jnp.float32, c.rms_norm_eps, **options)
             scores = r.times(router, jnp.float32, self.implementation) * hidden**-0.5
             probabilities = jax.nn.softmax(scores, axis=-1)
             weights, chosen = top_k(probabilities, c.num_experts_per_token)
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
             weights = weights * per_expert_scale.astype(jnp.float32)[chosen]
         with jax.named_scope("experts"):
-            x = NormedInput.of(h, pre_norm, c.rms_norm_eps)
+            _, [x] = normed(h, (pre_norm,), self.dtype, c.rms_norm_eps, **options)
             rows = x.x.reshape(-1, hidden).astype(self.dtype)
             ids = chosen.reshape(len(rows), -1)
-            options = {"implementation": self.implementation}
-            y = expert_gate_up(rows, gate_up, ids, x.scale.reshape(-1), **options)
+            y = expert_gate_up(rows, gate_up, ids, x.factor.reshape(-1), **options)
             y = expert_down(y, down, ids, weights.reshape(ids.shape), **options)
             y = y.reshape(h.h.shape)
-        branches = [(dense, dense_post_norm), (y, post_norm)]
-        return add_normed(h, branches, outer_norm, c.rms_norm_eps)
+        branches = ((dense, dense_post_norm), (y, post_norm))
+        return plus(h, branches, outer_norm, c.rms_norm_eps)
 
 
 def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,10 @@
-"""RMS norms and residual sums in the forms that cost a decode step the fewest kernels, all in float32."""
+"""RMS norms and residual sums in the forms that cost a decode step the fewest kernels, all in float32.
+
+There are two. XLA fuses sums with the means they need, and a norm's division is left for after the product that follows
+it (`Residual`, `NormedInput`, `add_normed`). A hand-written kernel does at once what a block's end and the beginning of
+the next have to do to the stream, which until then is a `Pending`. `start` decides between them; `normed`, `plus` and
+`times_scalar` serve both.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +16,7 @@ import jax.numpy as jnp
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.packed import Weight
 from pallas_kernels.quantized_matmul import quantized_matmul
+from pallas_kernels.residual_norm import Pending, has_kernel, residual_norm
 
 
 class Residual(NamedTuple):
@@ -30,6 +37,9 @@ class Residual(NamedTuple):
         return cls(h, jnp.mean(h * h, axis=-1, keepdims=True))
 
 
+Stream = Residual | Pending
+
+
 class NormedInput(NamedTuple):
     """``rms_norm(h, weight)`` on its way into a matrix product, the division left for after it.
 
@@ -37,12 +47,12 @@ class NormedInput(NamedTuple):
     product can then start before the mean over the row is known, which saves a kernel for each norm of a decode step.
 
     Attributes:
-      x: ``h * weight``, float32 ``[B, T, D]``.
-      scale: float32 ``[B, T, 1]``.
+      x: ``h * weight``, float32 ``[B, T, D]``; the norm itself where nothing is left to do.
+      scale: float32 ``[B, T, 1]``; None where nothing is left to do.
     """
 
     x: jax.Array
-    scale: jax.Array
+    scale: jax.Array | None
 
     @classmethod
     def of(cls, residual: Residual, weight: jax.Array, eps: float) -> NormedInput:
@@ -52,7 +62,68 @@ class NormedInput(NamedTuple):
 
     def times(self, w: Weight, dtype: Any, implementation: Implementation) -> jax.Array:
         """float32 ``[B, T, N]``: the norm times ``w`` ``[N, D]`` transposed, with activations of `dtype`."""
-        return quantized_matmul(self.x.astype(dtype), w, implementation=implementation) * self.scale
+        y = quantized_matmul(self.x.astype(dtype), w, implementation=implementation)
+        return y if self.scale is None else y * self.scale
+
+    @property
+    def factor(self) -> jax.Array:
+        """`scale`, or ones."""
+        if self.scale is None:
+            return jnp.ones((*self.x.shape[:-1], 1), jnp.float32)
+        return self.scale
+
+
+def start(h: jax.Array, dtype: Any, implementation: Implementation) -> Stream:
+    """The stream that begins with `h` ``[B, T, D]``, in the form that `implementation` wants."""
+    stream = Pending(h.astype(jnp.float32))
+    if has_kernel(stream, (None,), dtype, implementation):
+        return stream
+    return Residual.of(h)
+
+
+def normed(
+    stream: Stream,
+    weights: tuple[jax.Array | None, ...],
+    dtype: Any,
+    eps: float,
+    implementation: Implementation,
+) -> tuple[Stream, tuple[NormedInput, ...]]:
+    """The stream with nothing left to do, and its RMS norm with each of `weights` ``[D]``; None for no norm.
+
+    Args:
+      stream: the residual stream.
+      weights: of the norms.
+      dtype: of the activations that they go into.
+      eps: of all norms.
+      implementation: of ``residual_norm``.
+    """
+    if isinstance(stream, Residual):
+        return stream, tuple(
+            NormedInput(stream.h, None) if w is None else NormedInput.of(stream, w, eps)
+            for w in weights
+        )
+    h, out = residual_norm(stream, weights, dtype=dtype, eps=eps, implementation=implementation)
+    return Pending(h), tuple(NormedInput(x, None) for x in out)
+
+
+def plus(
+    stream: Stream,
+    branches: tuple[tuple[jax.Array, jax.Array], ...],
+    outer: jax.Array | None,
+    eps: float,
+) -> Stream:
+    """The stream and what a block adds to it: see `add_normed`."""
+    if isinstance(stream, Residual):
+        return add_normed(stream, list(branches), outer, eps)
+    return Pending(stream.h, branches, outer)
+
+
+def times_scalar(stream: Stream, scalar: jax.Array) -> Stream:
+    """The stream times `scalar` ``[1]``."""
+    scalar = scalar.astype(jnp.float32)
+    if isinstance(stream, Residual):
+        return Residual(stream.h * scalar, stream.mean_square * scalar**2)
+    return stream.replace(scalar=scalar)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:

@@ -39,7 +39,7 @@ def pack_params(params: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
       A new tree: `pallas_kernels.PackedArray` for quantized matrices ``[..., N, K]`` whose rows come in tiles of 16 and
-      whose K is a multiple of 64 (Q6K: 256); everything else as it was.
+      whose K is a multiple of 64 (Q6K: 256); layers' scalars in float32, which kernels read; everything else as it was.
     """
     return _packed(params, ())
 
@@ -47,6 +47,8 @@ def pack_params(params: dict[str, Any]) -> dict[str, Any]:
 def _packed(node: Any, path: tuple[str, ...]) -> Any:
     if isinstance(node, dict):
         return {name: _packed(node.pop(name), (*path, name)) for name in list(node)}
+    if path[-1] == "layer_scalar":
+        return node.astype(jnp.float32)
     if not isinstance(node, QuantizedArray) or path in _NEVER_PACKED:
         return node
     if why_not_packed(type(node), node.shape) is not None:
