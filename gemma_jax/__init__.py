@@ -26,7 +26,7 @@ True
 from gemma_jax import xla_flags
 from gemma_jax.cache import KVCache, cache_bytes, init_cache
 from gemma_jax.config import Gemma4Config
-from gemma_jax.engine import Engine, Request, Result
+from gemma_jax.engine import Engine
 from gemma_jax.generation import (
     DecodeState,
     FinishReason,
@@ -41,6 +41,7 @@ from gemma_jax.generation import (
 )
 from gemma_jax.lm import Completion, LanguageModel, load
 from gemma_jax.model import Gemma4
+from gemma_jax.requests import Request, Result
 from gemma_jax.sampling import Sampling, SamplingParams, stack_sampling
 from gemma_jax.tokenizer import Tokenizer
 

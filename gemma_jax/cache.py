@@ -13,6 +13,9 @@ Reasons:
   contiguous bytes, whole sectors of memory, so that a kernel which reads one head of many slots wastes nothing.
 - Keys after RoPE: each is rotated once and read many times. Order within a ring does not matter to a soft-max.
 - Positions of slots are not stored: they follow from a row's length (`slot_positions`).
+
+A paged cache (`gemma_jax.paged_cache`) has global layers of ``[P, page, K, C]`` instead, pages that its rows share:
+slot s of row b is ``[pages[b, s // page], s % page]``.
 """
 
 from __future__ import annotations
@@ -37,11 +40,12 @@ class KeysAndValues(NamedTuple):
 class Context(NamedTuple):
     """What the queries of one layer can attend to: ``kv``, and the ``positions [B, S]`` its slots hold.
 
-    A slot whose position is negative holds nothing.
+    A slot whose position is negative holds nothing. With ``pages [B, n]``, ``kv`` is a pool of pages.
     """
 
     kv: KeysAndValues
     positions: jax.Array
+    pages: jax.Array | None = None
 
 
 @struct.dataclass
@@ -52,11 +56,14 @@ class KVCache:
       layers: the `KeysAndValues` of each layer that is not KV-shared, in layer order.
       lengths: int32 ``[B]``, how many positions of each row have been written; the next token's position.
       capacity: static, how many positions a row can hold.
+      pages: int32 ``[B, capacity / page]``, which pages of the global layers hold a row, in order; None if they are
+        contiguous.
     """
 
     layers: tuple[KeysAndValues, ...]
     lengths: jax.Array
     capacity: int = struct.field(pytree_node=False)
+    pages: jax.Array | None = None
 
 
 def init_cache(
@@ -105,6 +112,7 @@ def extend(
     lengths: jax.Array,
     *,
     is_ring: bool,
+    pages: jax.Array | None = None,
 ) -> tuple[KeysAndValues, Context]:
     """Writes a chunk of tokens into one layer and says what the chunk's queries can attend to.
 
@@ -116,10 +124,15 @@ def extend(
       lengths: int32 ``[B]``, positions held before the chunk.
       is_ring: whether the layer is a sliding one. A ring forgets what a chunk of several tokens overwrites while the
         chunk's first queries still need it, so they are given the old ring and the chunk side by side.
+      pages: the rows' pages, if the layer is a global one of a paged cache.
 
     Returns:
       The layer after the chunk, and the context of the chunk's queries.
     """
+    if pages is not None:
+        stored = (_write_pages(o, n, positions, pages) for o, n in zip(kv, new, strict=True))
+        updated = KeysAndValues(*stored)
+        return updated, extended_context(updated, positions, lengths, pages)
     batch, slots = kv.keys.shape[:2]
     written = positions >= 0
     end = _end(positions, lengths)
@@ -147,19 +160,36 @@ def extend(
     return updated, extended_context(updated, positions, lengths)
 
 
-def extended_context(kv: KeysAndValues, positions: jax.Array, lengths: jax.Array) -> Context:
+def extended_context(
+    kv: KeysAndValues, positions: jax.Array, lengths: jax.Array, pages: jax.Array | None = None
+) -> Context:
     """The context of a chunk's queries where the cache alone, the chunk in it, holds all that they attend to.
 
     Args:
       kv: the layer after the chunk.
-      positions, lengths: as `extend` takes them.
+      positions, lengths, pages: as `extend` takes them.
     """
-    return Context(kv, slot_positions(kv.keys.shape[1], _end(positions, lengths)))
+    return stored_context(kv, _end(positions, lengths), pages)
 
 
-def stored_context(kv: KeysAndValues, lengths: jax.Array) -> Context:
-    """The context of each row's last token, read from the cache alone."""
-    return Context(kv, slot_positions(kv.keys.shape[1], lengths))
+def stored_context(
+    kv: KeysAndValues, lengths: jax.Array, pages: jax.Array | None = None
+) -> Context:
+    """The context of each row's last token, read from the cache alone; `pages` as for `extend`."""
+    slots = kv.keys.shape[1] * (1 if pages is None else pages.shape[1])
+    return Context(kv, slot_positions(slots, lengths), pages)
+
+
+def _write_pages(
+    pool: jax.Array, new: jax.Array, positions: jax.Array, pages: jax.Array
+) -> jax.Array:
+    """`pool` ``[P, page, K, C]`` with `new` ``[B, T, K, C]`` at the slots of `positions`; padding is dropped."""
+    size = pool.shape[1]
+    page = jnp.take_along_axis(pages, jnp.maximum(positions, 0) // size, axis=1)
+    slot = jnp.where(positions >= 0, page * size + positions % size, pool.shape[0] * size)
+    flat = pool.reshape(-1, *pool.shape[2:])
+    flat = flat.at[slot].set(new.astype(pool.dtype), mode="drop", unique_indices=True)
+    return flat.reshape(pool.shape)
 
 
 def _end(positions: jax.Array, lengths: jax.Array) -> jax.Array:

@@ -344,15 +344,7 @@ def _take(
         active = state.reason == FinishReason.UNFINISHED
         token = jnp.where(active, token, model.config.pad_id)
         generated = state.generated + active
-        ends = jnp.isin(token, jnp.asarray(model.config.eos_ids, jnp.int32)) & ~sampling.ignore_eos
-        ends |= jnp.any(token[:, None] == sampling.stop_ids, axis=1)
-        reason = jnp.where(
-            ends,
-            FinishReason.STOP,
-            jnp.where(
-                generated >= sampling.max_new_tokens, FinishReason.LENGTH, FinishReason.UNFINISHED
-            ),
-        )
+        reason = end_of_row(token, generated, sampling, model)
         return state.replace(
             counts=state.counts.add(token, active),
             token=token,
@@ -360,6 +352,17 @@ def _take(
             reason=jnp.where(active, reason, state.reason),
             logprobs=logprobs,
         )
+
+
+def end_of_row(
+    token: jax.Array, generated: jax.Array, sampling: SamplingParams, model: Gemma4
+) -> jax.Array:
+    """The `FinishReason` of rows that have `generated` tokens, the last of them `token`; int32 ``[B]`` all."""
+    ends = jnp.isin(token, jnp.asarray(model.config.eos_ids, jnp.int32)) & ~sampling.ignore_eos
+    ends |= jnp.any(token[:, None] == sampling.stop_ids, axis=1)
+    is_full = generated >= sampling.max_new_tokens
+    otherwise = jnp.where(is_full, FinishReason.LENGTH, FinishReason.UNFINISHED)
+    return jnp.where(ends, FinishReason.STOP, otherwise)
 
 
 def _empty_result(

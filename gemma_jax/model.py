@@ -44,6 +44,8 @@ from pallas_kernels.quantized_matmul import quantized_matmul
 
 Params = dict[str, Any]
 RopeTables = dict[bool, tuple[jax.Array, jax.Array]]
+# A layer's keys and values, how many positions of each row they hold, and the rows' pages, if it has any.
+Stored = tuple[KeysAndValues, jax.Array, jax.Array | None]
 
 
 class Gemma4(nn.Module):
@@ -126,7 +128,10 @@ class Gemma4(nn.Module):
             positions = cache.lengths[:, None] - 1
             first = c.first_kv_shared_layer
             _, ple, rope = self._start(tokens, positions, first, c.num_layers)
-            contexts = {i: stored_context(kv, cache.lengths) for i, kv in enumerate(cache.layers)}
+            contexts = {
+                i: stored_context(kv, cache.lengths, cache.pages if c.is_global(i) else None)
+                for i, kv in enumerate(cache.layers)
+            }
             for i in range(first, c.num_layers):
                 inputs = ple[..., i - first, :] if ple is not None else None
                 residual = self._shared_layer(i, residual, inputs, rope, positions, contexts)
@@ -160,9 +165,8 @@ class Gemma4(nn.Module):
         layers, contexts = [], {}
         for i, kv in enumerate(cache.layers):
             inputs = ple[..., i, :] if ple is not None else None
-            h, kv, contexts[i] = self._layer(
-                i, h, inputs, rope[c.is_global(i)], positions, (kv, cache.lengths)
-            )
+            source = (kv, cache.lengths, cache.pages if c.is_global(i) else None)
+            h, kv, contexts[i] = self._layer(i, h, inputs, rope[c.is_global(i)], positions, source)
             layers.append(kv)
         lengths = cache.lengths + jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
         return h, cache.replace(layers=tuple(layers), lengths=lengths), contexts
@@ -284,9 +288,9 @@ class Layer(nn.Module):
         ple: jax.Array | None,
         rope: tuple[jax.Array, jax.Array],
         positions: jax.Array,
-        source: tuple[KeysAndValues, jax.Array] | Context,
+        source: Stored | Context,
     ) -> tuple[Stream, KeysAndValues, Context]:
-        """`source` is ``(kv, lengths)`` for a layer with K/V of its own, another layer's `Context` otherwise."""
+        """`source` is ``(kv, lengths, pages)`` for a layer with K/V of its own, another layer's `Context` otherwise."""
         eps = self.config.rms_norm_eps
         numbers = (self.dtype, eps, self.implementation)
         with jax.named_scope("attention"):
@@ -320,7 +324,7 @@ class Attention(nn.Module):
         x: NormedInput,
         rope: tuple[jax.Array, jax.Array],
         positions: jax.Array,
-        source: tuple[KeysAndValues, jax.Array] | Context,
+        source: Stored | Context,
     ) -> tuple[jax.Array, KeysAndValues, Context]:
         c, i = self.config, self.index
         heads, kv_heads, head_dim = c.num_heads, c.kv_heads_of(i), c.head_dim_of(i)
@@ -336,9 +340,10 @@ class Attention(nn.Module):
 
         qkv = x.times(w_qkv, self.dtype, self.implementation)
         kv = source.kv if isinstance(source, Context) else source[0]
+        pages = source.pages if isinstance(source, Context) else source[2]
         # Of several queries a ring does not hold what the first of them see and the last overwrite.
         is_held = c.is_global(i) or qkv.shape[1] == 1
-        if is_held and has_kernel(qkv, rope, kv, positions, heads, self.implementation):
+        if is_held and has_kernel(qkv, rope, kv, positions, heads, self.implementation, pages):
             out, stored = attention_decode(
                 qkv,
                 norms,
@@ -347,12 +352,13 @@ class Attention(nn.Module):
                 positions,
                 heads=heads,
                 window=window and min(window, kv.keys.shape[1]),
+                pages=pages,
                 eps=c.rms_norm_eps,
                 implementation=self.implementation,
             )
             kv = KeysAndValues(*stored)
             if not isinstance(source, Context):
-                source = extended_context(kv, positions, source[1])
+                source = extended_context(kv, positions, source[1], pages)
             return quantized_matmul(out, w_o, implementation=self.implementation), kv, source
 
         q, new = prepare(
@@ -369,7 +375,12 @@ class Attention(nn.Module):
         else:
             assert new is not None
             kv, context = extend(
-                kv, KeysAndValues(*new), positions, source[1], is_ring=not c.is_global(i)
+                kv,
+                KeysAndValues(*new),
+                positions,
+                source[1],
+                is_ring=not c.is_global(i),
+                pages=pages,
             )
         out = attention(
             q.astype(self.dtype),
@@ -378,6 +389,7 @@ class Attention(nn.Module):
             positions,
             context.positions,
             window=window,
+            pages=pages,
             implementation=self.implementation,
         )
         out = out.reshape(*out.shape[:2], heads * head_dim)

@@ -24,7 +24,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("pallas_kernels", "gemma_jax", "convert", "bench")
 # The package itself is surface: it re-exports `lm`, so core modules must name each other in full.
 SURFACE = {"gemma_jax"} | {
-    f"gemma_jax.{name}" for name in ("batch", "cli", "doctor", "engine", "info", "lm", "terminal")
+    f"gemma_jax.{name}"
+    for name in ("batch", "cli", "doctor", "engine", "info", "lm", "requests", "terminal")
 }
 
 

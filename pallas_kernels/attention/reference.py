@@ -14,8 +14,11 @@ def attention(
     kv_positions: jax.Array,
     *,
     window: int | None,
+    pages: jax.Array | None = None,
 ) -> jax.Array:
     """See `pallas_kernels.attention.attention`."""
+    if pages is not None:
+        k, v = gathered(k, pages), gathered(v, pages)
     dtype = q.dtype
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     groups = q.shape[2] // k.shape[2]
@@ -32,6 +35,11 @@ def attention(
     return jnp.einsum("BHTS,BSHC->BTHC", weights, v, precision="highest").astype(dtype)
 
 
+def gathered(pool: jax.Array, pages: jax.Array) -> jax.Array:
+    """The slots ``[B, n * page, K, C]`` that `pages` ``[B, n]`` names in a pool ``[P, page, K, C]``."""
+    return pool[pages].reshape(pages.shape[0], -1, *pool.shape[2:])
+
+
 def visible(q_positions: jax.Array, kv_positions: jax.Array, window: int | None) -> jax.Array:
     """Which key slot each query sees: bool ``[B, T, S]``.
 
@@ -44,7 +52,12 @@ def visible(q_positions: jax.Array, kv_positions: jax.Array, window: int | None)
 
 
 def why_not(
-    q: jax.Array, k: jax.Array, v: jax.Array, q_positions: jax.Array, kv_positions: jax.Array
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_positions: jax.Array,
+    kv_positions: jax.Array,
+    pages: jax.Array | None = None,
 ) -> str | None:
     """The definition serves every call."""
     return None

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.attention.reference import visible
+from pallas_kernels.attention.reference import gathered, visible
 
 _NO_SCORE = -1e30  # finite, so that a query which sees nothing gives 0 / 1 and not NaN
 _DIRECT_QUERIES = 8
@@ -32,15 +32,25 @@ def attention(
     kv_positions: jax.Array,
     *,
     window: int | None,
+    pages: jax.Array | None = None,
 ) -> jax.Array:
     """See `pallas_kernels.attention.attention`."""
-    if q.shape[1] <= _DIRECT_QUERIES and k.shape[1] <= _DIRECT_SLOTS:
+    # Pages are copied to be multiplied: all of them only where they are few.
+    most = _DIRECT_SLOTS if pages is None else _BLOCK_K
+    if q.shape[1] <= _DIRECT_QUERIES and kv_positions.shape[1] <= most:
+        if pages is not None:
+            k, v = gathered(k, pages), gathered(v, pages)
         return _direct(q, k, v, visible(q_positions, kv_positions, window))
-    return _blocked(q, k, v, q_positions, kv_positions, window)
+    return _blocked(q, k, v, q_positions, kv_positions, window, pages)
 
 
 def why_not(
-    q: jax.Array, k: jax.Array, v: jax.Array, q_positions: jax.Array, kv_positions: jax.Array
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_positions: jax.Array,
+    kv_positions: jax.Array,
+    pages: jax.Array | None = None,
 ) -> str | None:
     """XLA serves every call."""
     return None
@@ -155,16 +165,28 @@ def _blocked(
     q_positions: jax.Array,
     kv_positions: jax.Array,
     window: int | None,
+    pages: jax.Array | None,
 ) -> jax.Array:
     batch, queries = q.shape[:2]
-    # A few queries take long blocks: what a block costs them is its launches.
-    block_k = min(_DIRECT_SLOTS if queries <= _DIRECT_QUERIES else _BLOCK_K, k.shape[1])
     block_q = min(_BLOCK_Q, queries)
     q, q_positions = _pad(q, block_q, 0), _pad(q_positions, block_q, -1)
-    k, v, kv_positions = _pad(k, block_k, 0), _pad(v, block_k, 0), _pad(kv_positions, block_k, -1)
+    if pages is None:
+        # A few queries take long blocks: what a block costs them is its launches.
+        block_k = min(_DIRECT_SLOTS if queries <= _DIRECT_QUERIES else _BLOCK_K, k.shape[1])
+        k, v = _pad(k, block_k, 0), _pad(v, block_k, 0)
+    else:
+        block_k = k.shape[1] * min(max(1, _BLOCK_K // k.shape[1]), pages.shape[1])
+        pages = _pad(pages, block_k // k.shape[1], 0)
+    kv_positions = _pad(kv_positions, block_k, -1)
     key_blocks = kv_positions.reshape(batch, -1, block_k)
     newest = jnp.max(key_blocks, axis=(0, 2))
     oldest = jnp.min(jnp.where(key_blocks < 0, jnp.iinfo(jnp.int32).max, key_blocks), axis=(0, 2))
+
+    def key_block(x: jax.Array, i: jax.Array) -> jax.Array:
+        if pages is None:
+            return lax.dynamic_slice_in_dim(x, i * block_k, block_k, axis=1)
+        count = block_k // x.shape[1]
+        return gathered(x, lax.dynamic_slice_in_dim(pages, i * count, count, axis=1))
 
     def one_query_block(start: jax.Array) -> jax.Array:
         q_block = lax.dynamic_slice_in_dim(q, start, block_q, axis=1)
@@ -173,12 +195,9 @@ def _blocked(
         first, end = _needed(positions, oldest, newest, window)
 
         def one_key_block(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
-            k_block, v_block, slots = (
-                lax.dynamic_slice_in_dim(x, i * block_k, block_k, axis=1)
-                for x in (k, v, kv_positions)
-            )
+            slots = lax.dynamic_slice_in_dim(kv_positions, i * block_k, block_k, axis=1)
             seen = visible(positions, slots, window)
-            return _accumulate(state, grouped, k_block, v_block, seen)
+            return _accumulate(state, grouped, key_block(k, i), key_block(v, i), seen)
 
         return _finish(lax.fori_loop(first, end, one_key_block, _empty(q_block)), q_block)
 

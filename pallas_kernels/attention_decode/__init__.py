@@ -84,9 +84,10 @@ def has_kernel(
     positions: jax.Array,
     heads: int,
     implementation: dispatch.Implementation,
+    pages: jax.Array | None = None,
 ) -> bool:
     """Whether another implementation than XLA's would serve the call: without one, prompts' separate ops do as well."""
-    args = (qkv, rope, cache, positions, heads)
+    args = (qkv, rope, cache, positions, heads, pages)
     module = dispatch.choose("attention_decode", IMPLEMENTATIONS, implementation, *args)
     return module is not IMPLEMENTATIONS["xla"]
 

@@ -212,3 +212,51 @@ def test_an_unknown_implementation_is_refused() -> None:
     x, p = jnp.zeros((1, 1, 1, 2)), jnp.zeros((1, 1), int)
     with pytest.raises(ValueError, match=r"one .or several. of xla, mosaic, reference"):
         attention(x, x, x, p, p, implementation="cudnn")
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize(("queries", "slots"), [(1, 96), (40, 96), (1, 1536), (300, 1536)])
+def test_keys_in_pages_give_what_they_give_side_by_side(
+    implementation: str, queries: int, slots: int
+) -> None:
+    """A few slots, which are gathered, and many, which are visited block by block; rows share a page."""
+    page, rng = 16, np.random.default_rng(0)
+    q, k, v = inputs(3, 2, queries, slots, 4, 2, 8)
+    lengths = np.array([slots - 5, slots // 3])
+    q_positions = lengths[:, None] - queries + np.arange(queries)
+    kv_positions = np.where(np.arange(slots) < lengths[:, None], np.arange(slots), -1)
+    k[1, :page], v[1, :page] = k[0, :page], v[0, :page]
+    count = slots // page
+    pages = rng.permutation(2 * count).reshape(2, count)
+    pools = [np.full((2 * count, page, 2, 8), np.nan, np.float32) for _ in range(2)]
+    for pool, x in zip(pools, (k, v), strict=True):
+        pool[pages] = x.reshape(2, count, page, 2, 8)
+    pages[1, 0] = pages[0, 0]
+    positions = (jnp.asarray(q_positions), jnp.asarray(kv_positions))
+    have = attention(
+        jnp.asarray(q),
+        *map(jnp.asarray, pools),
+        *positions,
+        pages=jnp.asarray(pages),
+        implementation=implementation,
+    )
+    want = definition(q, k, v, q_positions, kv_positions, None)
+    assert np.abs(np.asarray(have) - want).max() <= slots * 2.0**-22
+
+
+def test_pages_that_do_not_fit_are_refused() -> None:
+    q, k, v = (jnp.asarray(x) for x in inputs(0, 2, 1, 16, 2, 1, 8))
+    positions = jnp.zeros((2, 1), jnp.int32), jnp.zeros((2, 32), jnp.int32)
+    with pytest.raises(ValueError, match="pages has shape"):
+        attention(q, k, v, *positions, pages=jnp.zeros((3, 2), jnp.int32))
+    with pytest.raises(ValueError, match="kv_positions"):
+        attention(q, k, v, *positions, pages=jnp.zeros((2, 3), jnp.int32))
+    with pytest.raises(ValueError, match="lie in pages"):
+        attention(
+            q.astype(jnp.bfloat16),
+            k,
+            v,
+            *positions,
+            pages=jnp.zeros((2, 2), jnp.int32),
+            implementation="mosaic",
+        )
