@@ -18,9 +18,16 @@ _MODULES = {module.Config: module for module in (mosaic_decode, mosaic_prefill)}
 
 
 def why_not(
-    q: jax.Array, k: jax.Array, v: jax.Array, q_positions: jax.Array, kv_positions: jax.Array
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_positions: jax.Array,
+    kv_positions: jax.Array,
+    pages: jax.Array | None = None,
 ) -> str | None:
     """What the kernel for that many rows objects to."""
+    if pages is not None:
+        return "the keys lie in pages: expected a cache of each row's own"
     module = mosaic_decode if _is_decode(q, k) else mosaic_prefill
     return module.why_not(q, k, v, q_positions, kv_positions)
 

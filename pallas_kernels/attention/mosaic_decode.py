@@ -47,16 +47,9 @@ class Config:
 
 
 def why_not(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    q_positions: jax.Array,
-    kv_positions: jax.Array,
-    pages: jax.Array | None = None,
+    q: jax.Array, k: jax.Array, v: jax.Array, q_positions: jax.Array, kv_positions: jax.Array
 ) -> str | None:
     """Wants bfloat16, C of 64, 128 or 256, at most 16 query rows a KV head (8 at 256), and S a multiple of 16."""
-    if pages is not None:
-        return "the keys lie in pages: expected a cache of each row's own"
     for name, array in (("q", q), ("k", k), ("v", v)):
         if array.dtype != jnp.bfloat16:
             return f"{name} has dtype {array.dtype}: tensor cores take bfloat16"

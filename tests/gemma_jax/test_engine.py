@@ -13,7 +13,6 @@ import pytest
 
 import gemma_jax
 from gemma_jax import Engine, LanguageModel, Request, Result, Sampling, batch_programs
-from gemma_jax.paged_cache import page_bytes, ring_bytes
 
 SLOTS, CONTEXT, CHUNK, PAGE = 3, 160, 32, 16
 TEXT = "The people of the United States, in order to form a more perfect union, " * 12
@@ -31,12 +30,17 @@ def engine(name: str = "tiny-dense", **options: Any) -> Engine:
     return Engine.from_language_model(loaded(name), **options)
 
 
+def new_engine() -> Engine:
+    """One that knows nothing yet and has the sizes of `engine()`: there is no new program to compile."""
+    return engine.__wrapped__()
+
+
 def cramped() -> Engine:
-    """An engine with pages for one row of the whole context and a little more."""
-    config = loaded().config
-    pages = CONTEXT // PAGE + 2
-    kv_bytes = SLOTS * ring_bytes(config, CONTEXT, 4) + pages * page_bytes(config, PAGE, 4)
-    return engine(kv_bytes=kv_bytes, snapshots=0)
+    """An engine with pages for one row of the whole context and two more: somebody else holds the others."""
+    small = new_engine()
+    pool = small._scheduler._pool
+    pool.take(pool.free - CONTEXT // PAGE - 2)
+    return small
 
 
 def words(start: int, count: int) -> tuple[int, ...]:
@@ -117,26 +121,29 @@ def test_eviction_changes_nothing() -> None:
     assert small.statistics.evictions > 0
 
 
+@pytest.mark.heavy  # compiles programs for another number of slots
 def test_the_number_of_slots_changes_nothing() -> None:
     single = engine(slots=1)
     tokens = {k: r.completion.tokens for k, r in by_key(single.run(workload())).items()}  # type: ignore[union-attr]
     assert tokens == {k: r.completion.tokens for k, r in answers().items()}  # type: ignore[union-attr]
 
 
-def test_a_known_prefix_is_not_computed_again_and_changes_nothing() -> None:
+def test_a_known_prefix_is_not_computed_again_and_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     system = words(40, 2 * CHUNK + 5)
     requests = [
         Request((*system, 50 + i), Sampling(temperature=0.8, seed=i), 12, top_logprobs=1, key=i)
         for i in range(5)
     ]
-    cached, plain = engine(), engine(snapshots=0)
-    before = dataclasses.replace(cached.statistics)
+    cached, plain = new_engine(), new_engine()
+    monkeypatch.setattr(plain._scheduler.prefixes, "find", lambda *_: None)
     have, want = by_key(cached.run(requests)), by_key(plain.run(requests))
     assert {k: r.completion for k, r in have.items()} == {k: r.completion for k, r in want.items()}
     assert [have[i].cached_tokens for i in range(5)] == [0] + [2 * CHUNK] * 4
     assert all(result.cached_tokens == 0 for result in want.values())
-    assert cached.statistics.cached - before.cached == 4 * 2 * CHUNK
-    assert cached.statistics.prefilled - before.prefilled == 2 * CHUNK + 5 * 5
+    assert cached.statistics.cached == 4 * 2 * CHUNK
+    assert cached.statistics.prefilled == 2 * CHUNK + 5 * 5
 
 
 def test_stop_strings_end_a_row_as_they_do_alone() -> None:
