@@ -213,8 +213,9 @@ def test_a_closed_run_leaves_the_engine_ready_for_the_next() -> None:
 
 
 def test_the_number_of_programs_does_not_depend_on_the_work() -> None:
+    ends = [Request(words(90, n), max_new_tokens=2) for n in (2, 8, 20)]  # of a prompt: 3 sizes
     for top in (None, 1):
-        warm = [dataclasses.replace(request, top_logprobs=top) for request in workload()]
+        warm = [dataclasses.replace(r, top_logprobs=top) for r in (*workload(), *ends)]
         assert all(result.error is None for result in engine().run(warm))
     jitted = ("admit", "prefill_chunk", "save_snapshot", "decode")
     before = {name: getattr(batch_programs, name)._cache_size() for name in jitted}
