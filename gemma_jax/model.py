@@ -202,8 +202,8 @@ class Gemma4(nn.Module):
     def most_likely(self, h: Stream) -> jax.Array:
         """int32 ``[B, T]``: the arg-max of the logits, which a kernel finds without writing them to memory.
 
-        The norm's factor and the soft cap are monotonic and left out. Of two logits that the cap rounds to one number the
-        larger is taken here, where the arg-max of `logits` is the lower id.
+        The norm's factor and the soft cap are monotonic and left out. Of two logits that the cap rounds to one number
+        the larger is taken here, where the arg-max of `logits` is the lower id.
         """
         with jax.named_scope("head"):
             x = self._final_norm(h).x.astype(self.dtype)
