@@ -26,14 +26,17 @@ True
 from gemma_jax import xla_flags
 from gemma_jax.cache import KVCache, cache_bytes, init_cache
 from gemma_jax.config import Gemma4Config
+from gemma_jax.constraints import Constraint
 from gemma_jax.engine import Engine
 from gemma_jax.generation import (
     DecodeState,
     FinishReason,
     GenerateResult,
     advance,
+    choose,
     continue_generation,
     decode_step,
+    force,
     generate,
     greedy_step,
     prefill,
@@ -47,6 +50,7 @@ from gemma_jax.tokenizer import Tokenizer
 
 __all__ = [
     "Completion",
+    "Constraint",
     "DecodeState",
     "Engine",
     "FinishReason",
@@ -62,8 +66,10 @@ __all__ = [
     "Tokenizer",
     "advance",
     "cache_bytes",
+    "choose",
     "continue_generation",
     "decode_step",
+    "force",
     "generate",
     "greedy_step",
     "init_cache",

@@ -6,12 +6,14 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any, NoReturn
 
 import gemma_jax
 from gemma_jax import compilation_cache, terminal
 from gemma_jax.batch import command
 from gemma_jax.checkpoints import resolve
+from gemma_jax.constraints import Constraint
 from gemma_jax.sampling import Sampling
 
 FORMATS = ("q4k", "eq8_0", "bf16")
@@ -162,6 +164,11 @@ def _add_sampling(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> No
     group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text")
     group.add_argument("--stop-id", type=int, action="append", dest="stop_ids", metavar="ID")
     group.add_argument("--ignore-eos", action="store_true", default=None)
+    text = parser.add_argument_group("what the text must match, one of")
+    shape = text.add_mutually_exclusive_group()
+    shape.add_argument("--json-schema", metavar="FILE|JSON", help="JSON under this schema")
+    shape.add_argument("--regex", metavar="REGEX", help="all of it, in the syntax of Rust's regex")
+    shape.add_argument("--choice", action="append", metavar="TEXT", help="one of those given")
 
 
 def _bias(text: str) -> tuple[int, float]:
@@ -180,7 +187,18 @@ def _sampling(args: argparse.Namespace) -> Sampling:
     for name in ("stop", "stop_ids"):
         given[name] = tuple(given.get(name, ()))
     given["logit_bias"] = dict(given.get("logit_bias", ()))
-    return Sampling(**given)
+    return Sampling(**given, constraint=_constraint(args))
+
+
+def _constraint(args: argparse.Namespace) -> Constraint | None:
+    if args.json_schema is not None:
+        schema = args.json_schema
+        if not schema.lstrip().startswith(("{", "true", "false")):
+            schema = Path(schema).read_text(encoding="utf-8")
+        return Constraint.json_schema(schema)
+    if args.regex is not None:
+        return Constraint.regex(args.regex)
+    return None if args.choice is None else Constraint.choice(args.choice)
 
 
 def _convert(args: argparse.Namespace) -> None:

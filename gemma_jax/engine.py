@@ -438,6 +438,10 @@ class Engine:
             raise ValueError(f"top_logprobs is {top}; accepted are 0 to {self._max_top_logprobs}")
         if sampling.stop and self.tokenizer is None:
             raise ValueError("sampling.stop has strings, but the engine has no tokenizer")
+        if sampling.constraint is not None:
+            raise ValueError(
+                "sampling.constraint is not served by the engine: use LanguageModel.generate"
+            )
         decoder = self.tokenizer.stream_decoder() if self.tokenizer and sampling.stop else None
         return Answer(
             order=self._arrivals,

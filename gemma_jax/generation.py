@@ -159,8 +159,12 @@ def start(
     model: Gemma4,
     capacity: int,
     top_logprobs: int | None = None,
+    mask: jax.Array | None = None,
 ) -> DecodeState:
-    """Prefills an empty cache of `capacity` positions and samples each row's first token; see `generate`."""
+    """Prefills an empty cache of `capacity` positions and samples each row's first token.
+
+    See `generate` for the arguments; `mask` says what may come first, as `gemma_jax.sampler.process_logits` takes it.
+    """
     cache = init_cache(model.config, tokens.shape[0], capacity, model.dtype)
     logits, cache = prefill(params, tokens, lengths, cache, model=model)
     zero = jnp.zeros((tokens.shape[0],), jnp.int32)
@@ -173,8 +177,65 @@ def start(
         reason=jnp.where(sampling.max_new_tokens < 1, FinishReason.LENGTH, FinishReason.UNFINISHED),
         logprobs=None,
     )
-    token, logprobs = _sample(state, logits, sampling, top_logprobs)
+    token, logprobs = _sample(state, logits, sampling, top_logprobs, mask)
     return _take(state, token, logprobs, sampling, model)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "top_logprobs"), donate_argnames="state")
+def choose(
+    state: DecodeState,
+    logits: jax.Array,
+    sampling: SamplingParams,
+    mask: jax.Array,
+    *,
+    model: Gemma4,
+    top_logprobs: int | None = None,
+) -> DecodeState:
+    """Samples each unfinished row's next token among those that a mask allows: `advance` after `decode_step`.
+
+    The two are apart so that the host can find the mask, which depends on the last token, while the device computes
+    the logits, which do too.
+
+    Args:
+      state: its cache holds what `decode_step` returned; donated.
+      logits: float32 ``[B, V]``, of `decode_step`.
+      sampling: settings per row.
+      mask: uint32 ``[B, ceil(V / 32)]``; see `gemma_jax.sampler.process_logits`.
+      model, top_logprobs: as for `generate` (static).
+    """
+    token, logprobs = _sample(state, logits, sampling, top_logprobs, mask)
+    return _take(state, token, logprobs, sampling, model)
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+def force(
+    params: Params, state: DecodeState, tokens: jax.Array, lengths: jax.Array, *, model: Gemma4
+) -> DecodeState:
+    """Gives rows tokens that were not sampled, several at once: what they cost is one chunk of prefill without a head.
+
+    Args:
+      params: the model's parameters.
+      state: donated. Its cache has room for ``lengths`` more positions.
+      tokens: int32 ``[B, T]``, T at least 2, the next tokens of each row, then anything.
+      lengths: int32 ``[B]``, 0 to T tokens of each row count; 0 leaves a row exactly as it is.
+      model: the decoder (static).
+
+    Returns:
+      The state as if each of the tokens had been sampled, but that no row ends with any of them.
+    """
+    offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    given = offsets < lengths[:, None]
+    # The cache holds every generated token but the last: that one goes in now, and the last of the new ones stays out.
+    fed = jnp.concatenate([state.token[:, None], tokens[:, :-1]], axis=1)
+    positions = jnp.where(given, state.cache.lengths[:, None] + offsets, -1)
+    _, cache = _apply(model, params, fed, positions, state.cache, method="encode")
+    last = jnp.take_along_axis(tokens, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
+    return state.replace(
+        cache=cache,
+        counts=state.counts.add(tokens, given),
+        token=jnp.where(lengths > 0, last, state.token),
+        generated=state.generated + lengths,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("model", "top_logprobs"), donate_argnames="state")
@@ -322,11 +383,15 @@ def _hidden(
 
 
 def _sample(
-    state: DecodeState, logits: jax.Array, sampling: SamplingParams, top_logprobs: int | None
+    state: DecodeState,
+    logits: jax.Array,
+    sampling: SamplingParams,
+    top_logprobs: int | None,
+    mask: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array] | None]:
     """A token for every row, and of it and the most probable ones the log-probabilities, if they are asked for."""
     with jax.named_scope("sample"):
-        token = sample(logits, sampling, state.counts, state.generated)
+        token = sample(logits, sampling, state.counts, state.generated, mask)
         if top_logprobs is None:
             return token, None
         return token, log_probabilities(logits, token, top_logprobs)

@@ -1,7 +1,7 @@
 """`LanguageModel`: a checkpoint with its tokenizer, text in and text out, over the functions of `gemma_jax.generation`.
 
 What it adds to them is bucketing (prompts of any length and batches of any size share a few compiled programs), text,
-and stop strings.
+stop strings and constraints (`gemma_jax.stepwise`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from gemma_jax import compilation_cache
 from gemma_jax.cache import init_cache
 from gemma_jax.checkpoints import resolve
 from gemma_jax.config import Gemma4Config
-from gemma_jax.generation import FinishReason, GenerateResult, advance, generate, start
+from gemma_jax.generation import FinishReason, GenerateResult, generate
 from gemma_jax.model import Gemma4, Params
 from gemma_jax.parameters import pack_params
 from gemma_jax.sampling import Sampling, SamplingParams, stack_sampling
-from gemma_jax.streaming import THINKING_MARKERS, Kind, StopStrings, split_thinking, stream_text
+from gemma_jax.stepwise import Row, steps
+from gemma_jax.streaming import THINKING_MARKERS, Kind, split_thinking, stream_text
 from gemma_jax.tokenizer import Tokenizer
 from pallas_kernels.dispatch import Implementation
 
@@ -168,7 +169,8 @@ class LanguageModel:
 
         Args:
           prompts: text (BOS is added) or token ids (taken as they are), one or a sequence.
-          sampling: one setting for all rows or one per row; greedy by default.
+          sampling: one setting for all rows or one per row; greedy by default. `Sampling.constraint` holds a row's
+            text to a schema, a regex or a list of choices.
           max_new_tokens: most tokens per row; a row's own `Sampling.max_new_tokens` may be lower.
           top_logprobs: None for no log-probabilities, 0 for those of the chosen tokens, n for the n most probable too.
 
@@ -188,22 +190,33 @@ class LanguageModel:
         if not ids:
             return []
         tokens, lengths, params, room = self._batch(ids, settings, max_new_tokens)
-        if any(row.stop for row in settings):
-            result, texts = self._until_stop_strings(
-                tokens, lengths, params, room, settings, top_logprobs
-            )
-        else:
-            result = generate(
+        if any(row.stop or row.constraint is not None for row in settings):
+            rows = self._rows(settings, max_new_tokens)
+            for _ in steps(
                 self.params,
                 tokens,
                 lengths,
                 params,
+                rows,
                 model=self.model,
-                max_new_tokens=room,
+                capacity=tokens.shape[1] + room,
                 top_logprobs=top_logprobs,
-            )
-            texts = None
-        return self._completions(jax.device_get(result), ids, texts)
+            ):
+                pass
+            with_logprobs = top_logprobs is not None
+            return [
+                _completion(row, len(p), with_logprobs) for row, p in zip(rows, ids, strict=True)
+            ]
+        result = generate(
+            self.params,
+            tokens,
+            lengths,
+            params,
+            model=self.model,
+            max_new_tokens=room,
+            top_logprobs=top_logprobs,
+        )
+        return self._completions(jax.device_get(result), ids)
 
     def stream(
         self,
@@ -219,9 +232,16 @@ class LanguageModel:
         5
         """
         ids = self._prompt_ids([prompt])
-        tokens, lengths, params, room = self._batch(ids, [sampling or Sampling()], max_new_tokens)
-        for step, _ in self._steps(tokens, lengths, params, room, None):
-            yield int(step.token[0])
+        settings = [sampling or Sampling()]
+        tokens, lengths, params, room = self._batch(ids, settings, max_new_tokens)
+        [row] = rows = self._rows(settings, max_new_tokens)
+        seen = 0
+        capacity = tokens.shape[1] + room
+        for _ in steps(
+            self.params, tokens, lengths, params, rows, model=self.model, capacity=capacity
+        ):
+            yield from row.tokens[seen:]
+            seen = len(row.tokens)
 
     def chat(
         self,
@@ -323,78 +343,10 @@ class LanguageModel:
             raise ValueError(f"{positions} positions asked for; this model has {limit}")
         return min(capacity, limit)
 
-    def _steps(
-        self,
-        tokens: jax.Array,
-        lengths: jax.Array,
-        params: SamplingParams,
-        room: int,
-        top_logprobs: int | None,
-    ) -> Iterator[tuple[Any, Any]]:
-        """Generates step by step: yields (what the host sees of the state, a list to name rows to stop in)."""
-        state = start(
-            self.params,
-            tokens,
-            lengths,
-            params,
-            model=self.model,
-            capacity=tokens.shape[1] + room,
-            top_logprobs=top_logprobs,
-        )
-        while True:
-            seen = jax.device_get(state.replace(cache=None, counts=None))
-            stopped: list[int] = []
-            yield seen, stopped
-            reason = np.array(seen.reason)
-            reason[stopped] = FinishReason.STOP
-            if (reason != FinishReason.UNFINISHED).all():
-                return
-            if stopped:
-                state = state.replace(reason=jnp.asarray(reason))
-            state = advance(self.params, state, params, model=self.model, top_logprobs=top_logprobs)
+    def _rows(self, settings: Sequence[Sampling], max_new_tokens: int) -> list[Row]:
+        return [Row(row, max_new_tokens, self.tokenizer, self.config) for row in settings]
 
-    def _until_stop_strings(
-        self,
-        tokens: jax.Array,
-        lengths: jax.Array,
-        params: SamplingParams,
-        room: int,
-        settings: Sequence[Sampling],
-        top_logprobs: int | None,
-    ) -> tuple[GenerateResult, list[str]]:
-        """`generate` with the host reading along, which ends a row at its first stop string."""
-        rows = tokens.shape[0]
-        stops = [StopStrings(row.stop) for row in settings]
-        decoders = [self.tokenizer.stream_decoder() for _ in settings]
-        texts = [""] * len(settings)
-        generated = np.zeros((rows,), np.int32)
-        reasons = np.zeros((rows,), np.int32)
-        steps = []
-        for seen, stopped in self._steps(tokens, lengths, params, room, top_logprobs):
-            steps.append(seen)
-            for row in np.flatnonzero(seen.generated == len(steps)).tolist():
-                generated[row], reasons[row] = len(steps), seen.reason[row]
-                if row >= len(settings):
-                    continue
-                text, stop = stops[row].push(decoders[row].push(int(seen.token[row])))
-                texts[row] += text
-                if stop:
-                    reasons[row] = FinishReason.STOP
-                    stopped.append(row)
-        for row, (stop_strings, decoder) in enumerate(zip(stops, decoders, strict=True)):
-            text, stop = stop_strings.push(decoder.flush())
-            texts[row] += text if stop else text + stop_strings.flush()
-        columns: dict[str, Any] = {"tokens": np.stack([s.token for s in steps], axis=1)}
-        if top_logprobs is not None:
-            names = ("logprobs", "top_tokens", "top_logprobs")
-            values = zip(*(s.logprobs for s in steps), strict=True)
-            columns |= {n: np.stack(v, axis=1) for n, v in zip(names, values, strict=True)}
-        counts: dict[str, Any] = {"lengths": generated, "finish_reasons": reasons}
-        return GenerateResult(**columns, **counts), texts
-
-    def _completions(
-        self, result: GenerateResult, ids: list[list[int]], texts: list[str] | None
-    ) -> list[Completion]:
+    def _completions(self, result: GenerateResult, ids: list[list[int]]) -> list[Completion]:
         done = []
         for row, prompt in enumerate(ids):
             count = int(result.lengths[row])
@@ -412,7 +364,7 @@ class LanguageModel:
                 top = tuple(dict(zip(i, v, strict=True)) for i, v in pairs)
             done.append(
                 Completion(
-                    text=self.tokenizer.decode(tokens) if texts is None else texts[row],
+                    text=self.tokenizer.decode(tokens),
                     tokens=tokens,
                     finish_reason=FinishReason(int(result.finish_reasons[row])).name.lower(),
                     prompt_tokens=len(prompt),
@@ -421,6 +373,21 @@ class LanguageModel:
                 )
             )
         return done
+
+
+def _completion(row: Row, prompt_tokens: int, with_logprobs: bool) -> Completion:
+    logprobs = top = None
+    if with_logprobs:
+        logprobs = tuple(chosen for chosen, _, _ in row.logprobs)
+        top = tuple(dict(zip(ids, values, strict=True)) for _, ids, values in row.logprobs)
+    return Completion(
+        text=row.text,
+        tokens=tuple(row.tokens),
+        finish_reason=row.reason.name.lower(),
+        prompt_tokens=prompt_tokens,
+        logprobs=logprobs,
+        top_logprobs=top,
+    )
 
 
 def _one_per_row(sampling: Sampling | Sequence[Sampling] | None, rows: int) -> Sequence[Sampling]:

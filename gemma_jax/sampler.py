@@ -12,6 +12,7 @@ The settings are arrays (`SamplingParams`), so only the shape [B, V] is compiled
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.random import threefry_2x32
 
@@ -21,6 +22,7 @@ from gemma_jax.sampling import SamplingParams, TokenCounts
 # Written out: the bits must not follow the caller's jax_default_prng_impl, and with "rbg" a row's
 # bits under vmap would depend on its place in the batch.
 _PRNG = "threefry2x32"
+_LOWEST = float(np.finfo(np.float32).min)
 
 # Rows with a smaller top_k are drawn from that many of the largest logits, where the vocabulary is
 # not so small that bisection over all of it is as quick.
@@ -28,7 +30,9 @@ CANDIDATES = 128
 _SMALL_VOCABULARY = 2**15
 
 
-def process_logits(logits: jax.Array, params: SamplingParams, counts: TokenCounts) -> jax.Array:
+def process_logits(
+    logits: jax.Array, params: SamplingParams, counts: TokenCounts, mask: jax.Array | None = None
+) -> jax.Array:
     """Logits of the distribution to draw from, relative to the largest; -inf for removed tokens.
 
     In this order, for each row (the conventions of Hugging Face `transformers`; presence and
@@ -37,29 +41,38 @@ def process_logits(logits: jax.Array, params: SamplingParams, counts: TokenCount
       x = l / r if l > 0 else l * r                 where the token is in the prompt or the output
       x = x - presence * [count > 0] - frequency * count        count: occurrences in the output
       x = x + bias
+      x = max(x, lowest float32) if the mask allows the token else -inf                    (mask)
       x = (x - max x) / temperature                                  (not divided in greedy rows)
       x = -inf unless x >= the k-th largest                                               (top_k)
       x = -inf unless softmax mass of strictly larger x < p, over the survivors           (top_p)
       x = -inf unless exp(x) >= min_p                                                     (min_p)
 
-    Tokens that tie with the last one kept are kept too. Greedy rows (temperature 0) skip the
-    filters, which cannot remove their arg-max; if no row asks for a filter, it does not run.
+    The mask comes after the bias and is stronger: of allowed tokens with a bias of -inf one is still
+    taken where nothing else is allowed. Tokens that tie with the last one kept are kept too. Greedy
+    rows (temperature 0) skip the filters, which cannot remove their arg-max; if no row asks for a
+    filter, it does not run.
     Subtracting the maximum changes no probability and keeps any positive temperature finite.
 
     Args:
       logits: float [B, V].
       params: settings of the B rows.
       counts: tokens of the B rows so far.
+      mask: uint32 [B, ceil(V / 32)] or None; token v is allowed in row b if bit v % 32 of
+        mask[b, v // 32] is set, and at least one must be. Rows without constraint have all bits set.
 
     Returns:
       float32 [B, V], 0 at the most likely token.
     """
     with jax.named_scope("process_logits"):
-        return _filter(_scale(logits, params, counts), params)
+        return _filter(_scale(logits, params, counts, mask), params)
 
 
 def sample(
-    logits: jax.Array, params: SamplingParams, counts: TokenCounts, step: jax.Array
+    logits: jax.Array,
+    params: SamplingParams,
+    counts: TokenCounts,
+    step: jax.Array,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     """The next token of each row.
 
@@ -74,13 +87,14 @@ def sample(
       params: settings of the B rows.
       counts: tokens of the B rows so far.
       step: int32 [B], how many tokens each row has generated before this one.
+      mask: uint32 [B, ceil(V / 32)] or None, the tokens to choose from; see `process_logits`.
 
     Returns:
       int32 [B].
     """
 
     with jax.named_scope("process_logits"):
-        x = _scale(logits, params, counts)
+        x = _scale(logits, params, counts, mask)
     with jax.named_scope("sample"):
         best = jnp.argmax(x, axis=-1).astype(jnp.int32)
         token, random = best, params.temperature > 0
@@ -156,9 +170,19 @@ def _penalize(x: jax.Array, params: SamplingParams, counts: TokenCounts) -> jax.
     return x.at[rows, params.bias_ids].add(params.bias_values, mode="drop", unique_indices=True)
 
 
-def _scale(logits: jax.Array, params: SamplingParams, counts: TokenCounts) -> jax.Array:
+def _allowed(mask: jax.Array, vocab_size: int) -> jax.Array:
+    """bool [B, V]: the bits of uint32 [B, ceil(V / 32)], lowest first."""
+    bits = (mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return bits.reshape(mask.shape[0], -1)[:, :vocab_size] != 0
+
+
+def _scale(
+    logits: jax.Array, params: SamplingParams, counts: TokenCounts, mask: jax.Array | None
+) -> jax.Array:
     """What `process_logits` does before the filters."""
     x = _penalize(logits.astype(jnp.float32), params, counts)
+    if mask is not None:
+        x = jnp.where(_allowed(mask, x.shape[-1]), jnp.maximum(x, _LOWEST), -jnp.inf)
     smallest = jnp.finfo(jnp.float32).tiny  # below it, the device may divide by zero
     random = params.temperature > 0
     temperature = jnp.where(random, jnp.maximum(params.temperature, smallest), 1.0)

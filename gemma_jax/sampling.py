@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_jax.constraints import Constraint
+
 _MAX_INT32 = 2**31 - 1
 _MAX_UINT32 = 2**32 - 1
 _MAX_FLOAT32 = float(np.finfo(np.float32).max)
@@ -45,6 +47,9 @@ class Sampling:
       stop_ids: token ids that end the row, besides the end-of-sequence ids of the model.
       stop: strings that end the row; they act on decoded text, the device never sees them.
       ignore_eos: go on past the model's own end-of-sequence ids.
+      constraint: what the text must match, such as a JSON schema; see `gemma_jax.Constraint`. Like `stop` it acts in
+        what makes text (`gemma_jax.LanguageModel`), and only through masks on the device. It comes before every other
+        setting: a logit_bias of -inf cannot forbid the only token that the constraint allows.
 
     Raises:
       ValueError: a field is out of its range; the message names field, value and range.
@@ -63,6 +68,7 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
@@ -85,6 +91,15 @@ class Sampling:
             checked["max_new_tokens"] = limit
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(f"ignore_eos: got {self.ignore_eos!r}, accepted are True and False")
+        if not isinstance(self.constraint, Constraint | None):
+            raise ValueError(
+                f"constraint: got {self.constraint!r}, accepted are a gemma_jax.Constraint and None"
+            )
+        if self.constraint is not None and self.ignore_eos:
+            raise ValueError(
+                "ignore_eos: got True with a constraint, which nothing but an "
+                "end-of-sequence token can end; accepted is False"
+            )
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -137,10 +152,11 @@ class TokenCounts:
         return cls(prompt=prompt, output=jnp.zeros((batch, vocab_size), jnp.int32))
 
     def add(self, tokens: jax.Array, active: jax.Array) -> "TokenCounts":
-        """Counts after one more token per row: tokens int [B], rows with active [B] False keep."""
+        """Counts after more tokens: int [B] or [B, T], those with active (of the same shape) False left out."""
         batch, vocab_size = self.output.shape
         ids = jnp.where(active, tokens, vocab_size)
-        output = self.output.at[jnp.arange(batch), ids].add(1, mode="drop")
+        rows = jnp.arange(batch).reshape(-1, *(1,) * (tokens.ndim - 1))
+        output = self.output.at[rows, ids].add(1, mode="drop")
         return TokenCounts(prompt=self.prompt, output=output)
 
 

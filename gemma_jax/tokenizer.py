@@ -1,5 +1,6 @@
 """Text to token ids and back, from the files a checkpoint brings: `tokenizer.json` and friends."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ class Tokenizer:
         eos_ids: ids that end a generation: end of text, end of turn.
         pad_id: id that fills rows of a batch.
         vocab_size: number of ids the tokenizer knows, added tokens included.
+        special_ids: ids that stand for no text, such as BOS and end of turn.
     """
 
     def __init__(
@@ -60,7 +62,9 @@ class Tokenizer:
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
         self._template = None if chat_template is None else ChatTemplate(chat_template, tokens)
         added = tokenizer.get_added_tokens_decoder()
-        self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        written = "|".join(re.escape(token.content) for token in added.values() if token.special)
+        self._special_text = re.compile(written)
         self._bytes: dict[int, bytes] = {}
 
     @classmethod
@@ -109,6 +113,17 @@ class Tokenizer:
             raise ValueError(f"text: {text!r} given, a string of Unicode accepted") from error
         return [self.bos_id, *ids] if add_bos else ids
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Returns the ids of `text` without BOS, special tokens written out in it taken as mere text."""
+        # A special token is found only as a whole, so it is cut after its first character.
+        cuts = [0, *(found.start() + 1 for found in self._special_text.finditer(text)), len(text)]
+        parts = (text[begin:end] for begin, end in itertools.pairwise(cuts))
+        return [token for part in parts for token in self.encode(part, add_bos=False)]
+
+    def token_bytes(self, token: int) -> bytes:
+        """The UTF-8 bytes that a token adds to the text; none for special tokens and unknown ids."""
+        return b"" if token in self.special_ids else self._bytes_of(token)
+
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Returns the text of `ids`: what a `stream_decoder` gives for them, put together."""
         decoder = self.stream_decoder(skip_special_tokens)
@@ -124,7 +139,7 @@ class Tokenizer:
             keep: special tokens to leave in all the same, such as `THINKING_MARKERS`; those the
                 vocabulary lacks are ignored.
         """
-        skipped = self._special_ids if skip_special_tokens else frozenset()
+        skipped = self.special_ids if skip_special_tokens else frozenset()
         skipped = skipped.difference(map(self._tokenizer.token_to_id, keep))
         return StreamDecoder(lambda token: b"" if token in skipped else self._bytes_of(token))
 

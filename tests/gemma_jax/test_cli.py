@@ -13,6 +13,7 @@ import pytest
 import gemma_jax
 from gemma_jax import cli, terminal
 from gemma_jax.checkpoints import BUNDLED, resolve
+from gemma_jax.constraints import Constraint
 from gemma_jax.model import param_shapes
 from gemma_jax.sampling import Sampling
 from gemma_jax.streaming import StreamDecoder
@@ -135,6 +136,26 @@ def test_without_flags_sampling_keeps_its_defaults(use):
     assert lm.calls == [(["Once"], Sampling(max_new_tokens=256), 256)]
 
 
+@pytest.mark.parametrize(
+    ("flags", "constraint"),
+    [
+        (["--json-schema", ' {"type": "null"}'], Constraint.json_schema({"type": "null"})),
+        (["--json-schema", "{file}"], Constraint.json_schema({"type": "null"})),
+        (["--regex", "[ab]+"], Constraint.regex("[ab]+")),
+        (["--choice", "yes", "--choice", "no"], Constraint.choice(["yes", "no"])),
+    ],
+)
+def test_flags_say_what_the_text_must_match(use, tmp_path, flags, constraint):
+    lm = FakeLM("ok")
+    use(lm)
+    file = tmp_path / "schema.json"
+    file.write_text('{"type": "null"}', encoding="utf-8")
+    flags = [str(file) if flag == "{file}" else flag for flag in flags]
+    assert cli.main(["generate", "folder", "Once", *flags]) == 0
+    [(_, sampling, _)] = lm.calls
+    assert sampling.constraint == constraint
+
+
 def test_formats_are_the_converters():
     from convert import policy
 
@@ -153,6 +174,11 @@ def test_formats_are_the_converters():
         (["generate", "m", "p", "--top-p", "1.5"], "top_p"),
         (["generate", "m", "p", "--max-new-tokens", "0"], "max_new_tokens"),
         (["generate", "m", "p", "--stop", ""], "stop"),
+        (["generate", "m", "p", "--json-schema", '{"type": 3}'], "json_schema: got"),
+        (["generate", "m", "p", "--json-schema", "/no/such/file"], "/no/such/file"),
+        (["generate", "m", "p", "--regex", "a(b"], "unclosed group"),
+        (["generate", "m", "p", "--regex", "a", "--choice", "b"], "not allowed with argument"),
+        (["generate", "m", "p", "--regex", "a", "--ignore-eos"], "ignore_eos: got True"),
         (["generate", "m", "p", "q", "--stream"], "--stream: 2 prompts given, one accepted"),
         (["convert", "m", "out"], "arguments are required: --format"),
     ],

@@ -172,6 +172,7 @@ def test_what_is_wrong_with_a_request_is_its_result_and_disturbs_no_other() -> N
         "top_logprobs is 99": Request((5,), max_new_tokens=4, top_logprobs=99),
         "stop_ids": Request((5,), Sampling(stop_ids=tuple(range(40))), 4),
         "logit_bias": Request((5,), Sampling(logit_bias={vocabulary: 1.0}), 4),
+        "sampling.constraint is not": Request((5,), Sampling(constraint=Constraint.regex("a")), 4),
         "'str'": Request("text", max_new_tokens=4),  # type: ignore[arg-type]
     }
     mixed: list[Request] = []

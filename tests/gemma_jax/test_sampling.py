@@ -525,3 +525,54 @@ def test_log_probabilities_are_those_of_the_untouched_logits(top_n: int) -> None
 def test_log_probabilities_refuse_more_tokens_than_there_are(top_n: int) -> None:
     with pytest.raises(ValueError, match=rf"top_n: got {top_n}, accepted are .* 0 to {V}"):
         log_probabilities(jnp.zeros((1, V)), jnp.zeros(1, jnp.int32), top_n)
+
+
+# --- masks --------------------------------------------------------------------------------------
+
+
+def mask_of(allowed: np.ndarray) -> jax.Array:
+    """uint32 [B, ceil(V / 32)] of bool [B, V]: bit v % 32 of word v // 32."""
+    words = np.zeros((len(allowed), -(-allowed.shape[1] // 32)), np.uint32)
+    for row, token in np.argwhere(allowed):
+        words[row, token // 32] |= np.uint32(1 << (token % 32))
+    return jnp.asarray(words)
+
+
+@pytest.mark.parametrize("vocab_size", [19, 32, 70])
+def test_a_mask_leaves_what_the_settings_would_make_of_the_allowed_tokens_alone(vocab_size):
+    settings = Sampling(temperature=0.7, top_k=6, top_p=0.8)
+    logits = random_logits(3, 4, vocab_size)
+    allowed = np.random.default_rng(4).random((4, vocab_size)) < 0.4
+    params = params_of(*[settings] * 4, vocab_size=vocab_size)
+    counts = no_counts(4, vocab_size)
+    got = process(logits, params, counts, mask_of(allowed))
+    forbidden = np.where(allowed, logits, -np.inf).astype(np.float32)
+    for row, expected in zip(np.asarray(got), forbidden, strict=True):
+        assert set(np.flatnonzero(row > -np.inf)) == set(
+            np.flatnonzero(filtered(expected, settings) > -np.inf)
+        )
+
+
+def test_a_mask_of_ones_changes_nothing_beside_rows_that_have_one():
+    logits, params = random_logits(5, 2), params_of(*[Sampling(temperature=1, seed=3)] * 2)
+    allowed = np.ones((2, V), bool)
+    allowed[1, logits[1].argsort()[3:]] = False
+    got = process(logits, params, no_counts(2), mask_of(allowed))
+    plain = process(logits, params, no_counts(2))
+    np.testing.assert_array_equal(got[0], plain[0])
+    assert (np.asarray(got)[1] > -np.inf).sum() == 3
+
+
+@pytest.mark.parametrize("vocab_size", [V, 2**15 + 5])
+@pytest.mark.parametrize("settings", [Sampling(), Sampling(temperature=1, top_k=3, seed=2)])
+def test_only_allowed_tokens_are_drawn_even_where_a_bias_forbids_them(vocab_size, settings):
+    """In a large vocabulary, too, where a small top_k is drawn from the largest logits alone."""
+    only = 7
+    banned = dataclasses.replace(settings, logit_bias={only: -math.inf})
+    logits = random_logits(6, 2, vocab_size)
+    allowed = np.zeros((2, vocab_size), bool)
+    allowed[0, only] = allowed[1, only] = allowed[1, 11] = True
+    params, counts = params_of(banned, banned, vocab_size=vocab_size), no_counts(2, vocab_size)
+    for step in range(8):
+        got = draw(logits, params, counts, jnp.full(2, step), mask_of(allowed))
+        assert got.tolist() == [only, 11]

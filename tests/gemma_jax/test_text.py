@@ -76,6 +76,21 @@ def test_encode_puts_bos_first_unless_told_otherwise(tokenizer):
 
 
 @pytest.mark.parametrize(
+    "text", ["<turn|>", "a<eos><eos> b", "<turn|<bos>turn|>", "", "é<|turn>🦙"]
+)
+def test_plain_text_has_no_special_tokens(tokenizer, text):
+    ids = tokenizer.encode_plain(text)
+    assert not set(ids) & tokenizer.special_ids
+    assert tokenizer.decode(ids) == text
+    assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+
+
+def test_special_tokens_and_unknown_ids_add_no_bytes(tokenizer):
+    ids = [tokenizer.bos_id, *tokenizer.eos_ids, tokenizer.vocab_size]
+    assert [tokenizer.token_bytes(i) for i in ids] == [b""] * len(ids)
+
+
+@pytest.mark.parametrize(
     "text", ["", " ", "Hello world", " Hello  world\n", "naïve 🦙 é", "日本語", "a\tb\x00c", "▲🏴‍☠️"]
 )
 def test_decode_inverts_encode_and_agrees_with_the_library(tokenizer, raw, text):
