@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import gemma_jax
-from gemma_jax import Engine, LanguageModel, Request, Result, Sampling, batch_programs
+from gemma_jax import Constraint, Engine, LanguageModel, Request, Result, Sampling, batch_programs
 
 SLOTS, CONTEXT, CHUNK, PAGE = 3, 160, 32, 16
 TEXT = "The people of the United States, in order to form a more perfect union, " * 12
