@@ -70,11 +70,15 @@ def hot_code(sass: str) -> list[str]:
         jump = _JUMP.search(instruction)
         if jump and places.get(jump[1], i + 1) <= i:
             loop = code[places[jump[1]] : i + 1]
-            # What an exit is in is no loop: a wait goes back into the kernel from behind its end.
-            leaves = any(c.startswith("EXIT") for c in loop)
-            if any(map(_MMA.match, loop)) and not leaves:
+            if any(map(_MMA.match, loop)) and not _is_retry(loop):
                 loops.append(loop)
     return min(loops, key=len) if loops else [c for c in code if not c.startswith("NOP")]
+
+
+def _is_retry(loop: list[str]) -> bool:
+    """Whether it is a wait that goes back into the kernel from behind its end: a barrier is asked again after EXIT."""
+    exits = [i for i, c in enumerate(loop) if c.startswith("EXIT")]
+    return bool(exits) and any(c.startswith("SYNCS") for c in loop[exits[-1] :])
 
 
 class Hot(NamedTuple):

@@ -52,9 +52,10 @@ def test_the_hot_code_is_the_innermost_loop_with_a_tensor_core_instruction() -> 
 
 
 def test_a_wait_that_goes_back_from_behind_the_exit_is_no_loop() -> None:
-    back = "   -:-:-:Y:05        /*00d0*/                   BRA `(.L_x_1) ;\n"
+    again = "   -:-:-:Y:05        /*00d0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2], R3 ;\n"
+    back = again + "   -:-:-:Y:05        /*00e0*/                   BRA `(.L_x_1) ;\n"
     without_loops = "\n".join(line for line in SASS.splitlines() if "BRA" not in line)
-    assert len(hot_code(without_loops + "\n" + back)) == 9  # the whole kernel
+    assert len(hot_code(without_loops + "\n" + back)) == 10  # the whole kernel
 
 
 def test_without_such_a_loop_it_is_the_whole_kernel() -> None:
