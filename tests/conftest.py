@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import random_checkpoint
+
+# XLA's threads on a CPU, as many as there are cores otherwise. Each warpgroup of an emulated kernel that waits at a
+# barrier keeps one: with two cores, the warpgroup that they wait for could find none and all would wait forever.
+os.environ.setdefault("NPROC", "16")
 
 DATA = Path(__file__).parent / "data"
 
