@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from gemma_jax.machine import Machine
 from pallas_kernels.arrays import FORMATS
 from pallas_kernels.packed import PACKED, why_not_packed
+from pallas_kernels.residual_norm import Pending
 from pallas_kernels.target import compiling_for
 
 # Compute capabilities for which the hand kernels are compiled in this project's tests.
@@ -111,6 +112,10 @@ def _calls() -> Iterator[_Call]:
         for op in ("expert_gate_up", "expert_down", "expert_matmul"):
             for weight_format in _WEIGHT_FORMATS:
                 yield _with_weight(op, name, weight_format, rows, _case(op, "26b_a4b"))
+    row: Any = _array((1, 1, 2560), jnp.float32)
+    norm: Any = _array((2560,))
+    stream = Pending(row, ((row, norm),))
+    yield _Call("residual_norm", "decode", "bf16", (stream, (norm,), jnp.bfloat16))
     cases = importlib.import_module("pallas_kernels.attention_decode.cases").CASES
     for layer in ("e4b_sliding", "e4b_global"):
         c = cases[layer]
