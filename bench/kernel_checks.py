@@ -3,8 +3,7 @@
 Every op here begins with products that are linear in x and in w. They may be off by ``8 u |x w|_2 + 16 sqrt(K) 2**-24
 |x w|_1`` over their K terms x w: roundings of each weight to bfloat16, u = 2**-8, and two orders of summing, both as
 independent errors (Hoeffding: more has a probability below 2 exp(-32)). What an op makes of its products says what of
-that is left in its results: `linear`, `gated`,
-`gelu_times_factor`, `largest`.
+that is left in its results: `linear`, `gated`, `gelu_times_factor`, `largest`.
 
 Only up to `ROWS_CHECKED` rows of x are checked, and the results are written over what no op returns: an element that a
 kernel forgets is seen.

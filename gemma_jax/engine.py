@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax import batch_programs as programs
+from gemma_jax.config import Gemma4Config
 from gemma_jax.generation import FinishReason
 from gemma_jax.lm import LanguageModel, Prompt
 from gemma_jax.model import Gemma4, Params
@@ -37,6 +38,8 @@ from gemma_jax.sampling import Sampling
 from gemma_jax.scheduler import Row, Scheduler
 from gemma_jax.streaming import StopStrings
 from gemma_jax.tokenizer import Tokenizer
+
+_CONTEXT = 4096
 
 
 @dataclasses.dataclass
@@ -87,7 +90,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         *,
         slots: int = 8,
-        context: int = 4096,
+        context: int = _CONTEXT,
         kv_bytes: int | None = None,
         chunk: int = 512,
         page_size: int = 64,
@@ -140,7 +143,7 @@ class Engine:
 
         The default context is shortened to what the model has positions for.
         """
-        options.setdefault("context", min(4096, lm.config.max_position_embeddings))
+        options.setdefault("context", default_context(lm.config))
         return cls(lm.model, lm.params, lm.tokenizer, **options)
 
     def run(self, requests: Iterable[Request]) -> Iterator[Result]:
@@ -453,6 +456,11 @@ class Engine:
             stop=StopStrings(sampling.stop),
             top=top,
         )
+
+
+def default_context(config: Gemma4Config) -> int:
+    """Positions of a row where nobody asks for more: 4096, or what the model has if that is less."""
+    return min(_CONTEXT, config.max_position_embeddings)
 
 
 def _int32(x: int) -> Any:

@@ -52,7 +52,6 @@ class Scheduler:
         self.waiting: deque[Row] = deque()
         self.table = np.zeros((slots, context // plan.page_size), np.int32)
         self.evictions = 0
-        self.prefixes: PrefixCache
         self._page_size = plan.page_size
         self._pool = PagePool(plan.pages)
         self.prefixes = PrefixCache(self._pool, chunk, plan.snapshots)

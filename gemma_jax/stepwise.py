@@ -34,9 +34,8 @@ from gemma_jax.sampling import Sampling, SamplingParams
 from gemma_jax.streaming import StopStrings
 from gemma_jax.tokenizer import Tokenizer
 
-_FORCED_CHUNK = (
-    16  # tokens of a row that `force` takes at a time: one program, not one for each length
-)
+# Tokens of a row that `force` takes at a time: one program, not one for each length.
+_FORCED_CHUNK = 16
 _ALL = np.uint32(0xFFFFFFFF)
 
 
@@ -87,9 +86,8 @@ class Row:
         if self.matcher is None or self.reason != FinishReason.UNFINISHED:
             return []
         forced = self.matcher.forced()
-        if (
-            len(forced) < 2
-        ):  # the mask forces a single one, and `force` would cost as much as the step it saves
+        # The mask forces a single one too, and `force` would cost as much as the step it saves.
+        if len(forced) < 2:
             return []
         before = len(self.tokens)
         for token in forced:

@@ -21,12 +21,10 @@ from typing import Any
 from gemma_jax.batch.job import Summary, run_job
 from gemma_jax.batch.progress import Progress
 from gemma_jax.batch.records import Served
-from gemma_jax.engine import Engine
+from gemma_jax.engine import Engine, default_context
 from gemma_jax.lm import LanguageModel
 
 __all__ = ["Progress", "Served", "Summary", "map_jsonl", "run_job"]
-
-_CONTEXT = 4096
 
 
 def map_jsonl(
@@ -60,7 +58,7 @@ def map_jsonl(
     Raises:
       ValueError, OSError: see `gemma_jax.batch.job.run_job`.
     """
-    context = context or min(_CONTEXT, lm.config.max_position_embeddings)
+    context = context or default_context(lm.config)
     served = Served(lm.tokenizer, model_names, context, max_new_tokens)
     return run_job(
         os.fspath(source),

@@ -20,13 +20,11 @@ from typing import Any
 import gemma_jax
 from gemma_jax.checkpoints import resolve
 from gemma_jax.config import Gemma4Config
-from gemma_jax.engine import Engine, Request, Result
+from gemma_jax.engine import Engine, Request, Result, default_context
 from gemma_jax.tokenizer import Tokenizer
 
-_CONTEXT = 4096
-_LARGEST_CHUNK = (
-    16  # of requests, times slots: what an engine drains at the end of is small beside it
-)
+# Of requests, times slots: what an engine drains at the end of is small beside it.
+_LARGEST_CHUNK = 16
 _MOST_LOSSES = 5  # of actors in a row, with no result between them
 
 
@@ -62,8 +60,8 @@ class Cluster:
             raise ValueError("Ray is not installed: pip install 'gemma-jax[ray]'") from None
         folder = hub.resolve(resolve(model))
         self.tokenizer = Tokenizer.from_folder(folder)
-        limit = Gemma4Config.from_hf(folder / "config.json").max_position_embeddings
-        self.context = context or min(_CONTEXT, limit)
+        config = Gemma4Config.from_hf(folder / "config.json")
+        self.context = context or default_context(config)
         if not ray.is_initialized():
             ray.init(
                 address=address or os.environ.get("RAY_ADDRESS"),

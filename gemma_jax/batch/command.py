@@ -119,9 +119,10 @@ def _names(args: argparse.Namespace) -> tuple[str, ...]:
 def _here(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     import gemma_jax
     from gemma_jax.batch.records import Served
+    from gemma_jax.engine import default_context
 
     lm = gemma_jax.load(args.model, format=args.format, dtype=args.dtype)
-    context = args.context or min(4096, lm.config.max_position_embeddings)
+    context = args.context or default_context(lm.config)
     served = Served(lm.tokenizer, _names(args), context, args.max_new_tokens)
 
     def engine(slots: int) -> gemma_jax.Engine:
