@@ -214,8 +214,9 @@ convert_checkpoint(sys.argv[1], sys.argv[2], format="bf16")
 # Stands still within the save of the first group, in the thread Orbax runs in, until the file sys.argv[3] is there.
 STOPPING_WITHIN_A_SAVE = (
     """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
 import orbax.checkpoint as ocp
 save = ocp.Checkpointer.save
 def save_and_wait(*arguments, **options):
