@@ -11,12 +11,11 @@ import jax
 from convert.load import describe
 from gemma_jax import compilation_cache, xla_flags
 from gemma_jax.cache import cache_bytes
+from gemma_jax.engine import default_context
 from gemma_jax.info import CACHE_ITEMSIZE
 from gemma_jax.kernel_support import Support, support
 from gemma_jax.machine import CUDA_PLUGINS, Machine
 from gemma_jax.tables import pairs, size, table
-
-_CONTEXT = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +159,7 @@ def _plan(model: str | Path, context: int | None, batch: int) -> Need:
         raise ValueError(f"--context: {context} given, 1 to {longest} accepted by this model")
     if batch < 1:
         raise ValueError(f"--batch: {batch} given, 1 or more accepted")
-    context = context or min(_CONTEXT, longest)
+    context = context or default_context(found.config)
     cache = cache_bytes(found.config, batch, context, CACHE_ITEMSIZE)
     return Need(str(model), context, batch, found.manifest.nbytes, cache)
 

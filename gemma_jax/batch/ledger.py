@@ -12,11 +12,11 @@ import sqlite3
 from collections.abc import Iterable
 from typing import Any
 
-_FROM_OUTPUT = 0
+_FROM_OUTPUT = 0  # in place of a line: answered by an earlier run, and not met in the input yet
 
 
 class Ledger:
-    """A set of custom_ids and lines in a temporary SQLite file: 29 bytes of disk a row (measured), none of memory.
+    """A set of custom_ids and lines in a temporary SQLite file: about 30 bytes of disk a row, none of memory.
 
     Custom_ids are kept as 128-bit BLAKE2b hashes: of ten million the chance that two agree is below ``2**-80``.
     """
@@ -27,7 +27,7 @@ class Ledger:
         for statement in (
             "PRAGMA journal_mode = OFF",
             "PRAGMA synchronous = OFF",
-            "CREATE TABLE ids (hash BLOB PRIMARY KEY, line INTEGER, answered INTEGER) WITHOUT ROWID",
+            "CREATE TABLE ids (hash BLOB PRIMARY KEY, line INTEGER) WITHOUT ROWID",
             "CREATE TABLE errors (line INTEGER PRIMARY KEY)",
             "BEGIN",
         ):
@@ -49,7 +49,7 @@ class Ledger:
         for number, line in enumerate(answers, 1):
             custom_id = _field(line, "custom_id", str, names[0], number)
             cursor = self._database.execute(
-                "INSERT OR IGNORE INTO ids VALUES (?, ?, 1)", (_hash(custom_id), _FROM_OUTPUT)
+                "INSERT OR IGNORE INTO ids VALUES (?, ?)", (_hash(custom_id), _FROM_OUTPUT)
             )
             if not cursor.rowcount:
                 raise ValueError(f"{names[0]}: line {number} answers {custom_id!r} a second time")
@@ -71,16 +71,15 @@ class Ledger:
         """Who has a custom_id: "new" if nobody had, "answered" by an earlier run, "duplicate" of another line."""
         key = _hash(custom_id)
         inserted = self._database.execute(
-            "INSERT OR IGNORE INTO ids VALUES (?, ?, 0)", (key, line)
+            "INSERT OR IGNORE INTO ids VALUES (?, ?)", (key, line)
         ).rowcount
         if inserted:
             return "new"
-        query = "SELECT line, answered FROM ids WHERE hash = ?"
-        owner, answered = self._database.execute(query, (key,)).fetchone()
+        [owner] = self._database.execute("SELECT line FROM ids WHERE hash = ?", (key,)).fetchone()
         if owner != _FROM_OUTPUT:
             return "duplicate"
         self._database.execute("UPDATE ids SET line = ? WHERE hash = ?", (line, key))
-        return "answered" if answered else "new"
+        return "answered"
 
     def close(self) -> None:
         """Deletes the file."""

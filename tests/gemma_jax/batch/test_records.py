@@ -178,3 +178,10 @@ def test_an_answer_is_a_chat_completion_with_thought_usage_and_logprobs() -> Non
         "total_tokens": 4 + 2 * len(tokens),
         "prompt_tokens_details": {"cached_tokens": 2},
     }
+
+
+def test_what_is_no_unicode_is_escaped_in_the_error_that_names_it() -> None:
+    with pytest.raises(LineError, match="unknown parameter") as error:
+        requests(b'{"prompt": "a", "\\ud800": 1}')
+    written = error_record(1, error.value)
+    assert "\ud800: unknown" in json.loads(written.decode("utf-8"))["error"]["message"]
