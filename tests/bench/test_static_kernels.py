@@ -273,3 +273,12 @@ def test_a_kernel_that_another_call_had_is_known_and_a_call_without_one_has_no_e
     first, second, without = run.stdout.splitlines()
     assert first == second
     assert without == "None"
+
+
+def test_dumps_belong_together_by_name_and_not_by_number(tmp_path: Path) -> None:
+    """Mosaic counts what it traces and what it assembles, and assembles equal kernels once."""
+    (tmp_path / "some_kernel_12.ptxas").write_text("Used 96 registers, 8 bytes spill stores")
+    (tmp_path / "some_kernel_15.resources.txt").write_text("Resources(smem_scratch_bytes=2048)")
+    (tmp_path / "other_15.resources.txt").write_text("Resources(smem_scratch_bytes=4096)")
+    [machine] = read_dumps(tmp_path)
+    assert (machine.registers, machine.spill_bytes, machine.shared_bytes) == (96, 8, 2048)
