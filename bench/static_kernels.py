@@ -104,18 +104,16 @@ def read_dumps(folder: Path) -> list[Machine]:
     Shared memory is written down when a kernel is traced, the rest when it is assembled, which an equal one is spared:
     the numbers in the names of their files count different things.
     """
-    shared: dict[str, int] = {}
-    for resources in folder.glob("*.resources.txt"):
-        name = resources.name.removesuffix(".resources.txt").rpartition("_")[0]
-        found = _number(r"smem_scratch_bytes=(\d+)", resources.read_text())
-        shared[name] = max(found, shared.get(name, 0))
     machines = []
     for report in sorted(folder.glob("*.ptxas")):
-        text = report.read_text()
+        text, name = report.read_text(), report.stem.rpartition("_")[0]
         machine = Machine(
             registers=_number(r"Used (\d+) registers", text),
             spill_bytes=_number(r"(\d+) bytes spill stores", text),
-            shared_bytes=shared[report.stem.rpartition("_")[0]],
+            shared_bytes=max(
+                _number(r"smem_scratch_bytes=(\d+)", resources.read_text())
+                for resources in folder.glob(f"{name}_*.resources.txt")
+            ),
         )
         sass = report.with_suffix(".sass_ctrl")
         if sass.exists():
