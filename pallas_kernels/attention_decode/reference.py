@@ -62,7 +62,7 @@ def _in_pages(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """By copies of the rows' pages, put side by side; those that were written go back."""
     page = cache[0].shape[1]
-    keys, values = (x[pages].reshape(len(pages), -1, *x.shape[2:]) for x in cache)
+    keys, values = (reference.gathered(x, pages) for x in cache)
     options: dict[str, Any] = {"heads": heads, "window": window, "eps": eps}
     out, rows = attention_decode(qkv, norms, rope, (keys, values), positions, **options)
     index = positions % rows[0].shape[1]

@@ -39,14 +39,9 @@ def attention_decode(
         cache = (keys, values)
     last = jnp.max(positions, axis=1, keepdims=True)
     held = last - (last - jnp.arange(slots, dtype=jnp.int32)) % slots
-    # Pages are put side by side: a copy of what all rows may hold.
-    keys, values = (x if pages is None else _rows(x, pages) for x in cache)
-    out = xla.attention(q.astype(keys.dtype), keys, values, positions, held, window=window)
+    q = q.astype(cache[0].dtype)
+    out = xla.attention(q, *cache, positions, held, window=window, pages=pages)
     return out.reshape(*out.shape[:2], heads * head_dim), cache
-
-
-def _rows(x: jax.Array, pages: jax.Array) -> jax.Array:
-    return x[pages].reshape(len(pages), -1, *x.shape[2:])
 
 
 def prepare(
